@@ -1,0 +1,1 @@
+"""Specs, the model builder and its accounting. May import blocks; training comes next."""

@@ -1,0 +1,1 @@
+"""Residual blocks and channel mixers. May import mixers; architectures come next."""

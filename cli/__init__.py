@@ -1,0 +1,1 @@
+"""The hybridzoo command. May import everything."""

@@ -1,0 +1,1 @@
+"""Tasks, trials, sweeps and reports. May import training; the command line comes next."""

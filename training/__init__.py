@@ -1,0 +1,1 @@
+"""Data, optimiser and training loop. May import architectures; studies come next."""
