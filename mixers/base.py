@@ -1,0 +1,126 @@
+"""What every token mixer is: a frozen config of words, a module built from it, and its cost beside it.
+
+May import kernels. A recurrent mixer is a row of flags (presets.py over delta.py); attention and Mamba-2 have files of
+their own; registry.py names them all.
+
+Shapes: B batch, T time, N sequences (B, or the number packed into one row).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hybridzoo.mixers.schema import SpecError, convert
+
+State: TypeAlias = Any  # a NamedTuple of tensors, one kind a mixer; torch's pytrees see through it
+
+ConvInit: TypeAlias = Literal["default", "mean"]
+QkInit: TypeAlias = Literal["independent", "equal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """The words every mixer takes. Subclasses add their own; `__post_init__` refuses what cannot be built."""
+
+    d_model: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "d_model")
+
+
+def require_positive(config: MixerConfig, *names: str) -> None:
+    """Raise `SpecError` for a named size that is set and below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise SpecError(f".{name}: must be at least 1, got {value}")
+
+
+class TokenMixer(nn.Module):
+    """A causal map of `x [B, T, d_model]` to `y` of the same shape, with a state that lets a sequence be split.
+
+    Built from words (`Carve(d_model=256, n_heads=4, head_dim=64)`) or from a ready `Config`. A subclass declares a
+    frozen dataclass `Config` and fills in `_build`, `reset_parameters`, `forward`, `init_state` and the three costs.
+
+    Raises: `SpecError` for an unknown word, a wrong type, or sizes that do not fit together.
+    """
+
+    Config: ClassVar[type[MixerConfig]] = MixerConfig
+    registry_name: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        parameters = [
+            inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
+            *(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                    annotation=field.type,
+                )
+                for field in dataclasses.fields(cls.Config)
+            ),
+        ]
+        # The words are checked strictly against Config, so help() and editors should show them, not **words.
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def __init__(self, config: MixerConfig | None = None, **words: Any) -> None:
+        super().__init__()
+        where = self.registry_name or type(self).__name__
+        if config is None:
+            config = convert(self.Config, words, where)
+        elif words:
+            raise SpecError(f"{where}: give a config or words, not both (got {', '.join(words)} besides the config)")
+        elif not isinstance(config, self.Config):
+            raise SpecError(f"{where}: expected a {self.Config.__qualname__}, got {type(config).__qualname__}")
+        self.config = config
+        self.d_model = config.d_model
+        self._build()
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            self.reset_parameters()
+
+    def _build(self) -> None:
+        """Create parameters and submodules from `self.config`."""
+        raise NotImplementedError(f"{type(self).__name__} does not build")
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters as the mixer's source prescribes."""
+        raise NotImplementedError(f"{type(self).__name__} has no initialisation")
+
+    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        """Mix `x [B, T, d_model]`, going on from `state`; with `cu_seqlens [N+1]`, B is 1 and N sequences are packed.
+
+        Returns `y [B, T, d_model]` and the state after the last token of each sequence.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def init_state(self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        """Return the state of `n` sequences before their first token."""
+        raise NotImplementedError(f"{type(self).__name__} has no state")
+
+    def state_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that one sequence needs to go on from `context` tokens, keys and values and tails in `dtype`."""
+        raise NotImplementedError(f"{type(self).__name__} does not count its state")
+
+    def kv_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """The part of `state_bytes` that is cached keys and values."""
+        return 0
+
+    def flops_per_token(self, context: int, decode: bool = False) -> int:
+        """Forward FLOPs a token (a multiply-add is 2), projections included.
+
+        The mean over a sequence of `context` tokens in the training form; with `decode`, the one token that follows
+        `context` earlier ones.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not count its FLOPs")
+
+    def extra_repr(self) -> str:
+        shown = (f"{f.name}={getattr(self.config, f.name)}" for f in dataclasses.fields(self.config))
+        return ", ".join(shown)
