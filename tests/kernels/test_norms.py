@@ -1,0 +1,65 @@
+"""Norms: their defining equations, precision and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybridzoo.kernels.norms import gated_rms_norm, l2_norm, rms_norm
+
+
+def test_rms_norm_agrees_with_torch() -> None:
+    x, weight = torch.randn(3, 4, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (8,), weight, 1e-5))
+    torch.testing.assert_close(rms_norm(x, None, 1e-5), F.rms_norm(x, (8,), None, 1e-5))
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_the_gate_stands_on_the_side_that_is_asked_for(activation: str) -> None:
+    x, gate, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 8), (2, 3, 8), (8,)))
+    opened = {"silu": F.silu, "sigmoid": torch.sigmoid}[activation](gate)
+    after = gated_rms_norm(x, gate, weight, 1e-5, activation)
+    before = gated_rms_norm(x, gate, weight, 1e-5, activation, norm_before_gate=False)
+    torch.testing.assert_close(after, rms_norm(x, weight, 1e-5) * opened)
+    torch.testing.assert_close(before, rms_norm(x * opened, weight, 1e-5))
+
+
+def test_l2_norm_gives_unit_length_and_keeps_zero_at_zero_with_a_finite_gradient() -> None:
+    x = torch.randn(4, 16, dtype=torch.float64)
+    x[0] = 0
+    x.requires_grad_()
+    y = l2_norm(x)
+    torch.testing.assert_close(y[1:].norm(dim=-1), torch.ones(3, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert (y[0] == 0).all()
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_gradients_are_exact() -> None:
+    x, gate, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 8), (2, 8), (8,)))
+    assert torch.autograd.gradcheck(rms_norm, (x, weight))
+    assert torch.autograd.gradcheck(gated_rms_norm, (x, gate, weight))
+    assert torch.autograd.gradcheck(l2_norm, (x,))
+
+
+def test_sixteen_bit_inputs_are_rounded_once() -> None:
+    x, gate, weight = torch.randn(5, 32).bfloat16() * 100, torch.randn(5, 32).bfloat16(), torch.randn(32)
+    for narrow, wide in (
+        (rms_norm(x, weight), rms_norm(x.float(), weight)),
+        (gated_rms_norm(x, gate, weight), gated_rms_norm(x.float(), gate.float(), weight)),
+        (l2_norm(x), l2_norm(x.float())),
+    ):
+        assert narrow.dtype == torch.bfloat16
+        torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0)
+
+
+def test_wrong_shapes_and_activations_are_named() -> None:
+    x = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match=r"weight must be \[8\]"):
+        rms_norm(x, torch.ones(1))
+    with pytest.raises(ValueError, match="must have the shape of x"):
+        gated_rms_norm(x, torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="'silu' or 'sigmoid', got 'tanh'"):
+        gated_rms_norm(x, x, activation="tanh")  # type: ignore[arg-type]
