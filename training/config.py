@@ -1,0 +1,76 @@
+"""How a model is trained: one frozen config, the same words in Python, YAML and on the command line.
+
+May import mixers (for the strict schema). loop.py reads it; a study holds one for each task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hybridzoo.mixers.schema import SpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """AdamW with warm-up and decay, over `steps` batches drawn from `seed`.
+
+    `warmup` counts steps. `schedule` takes the rate from `lr` to `lr * final_lr` over the steps after it. `clip` bounds
+    the gradient's norm (0: no bound). `device`, `amp` and `compile` left at `auto` mean: a GPU where there is one, and
+    on it bf16 autocast and torch.compile. `eval_every` counts steps between evaluations on the way (0: only at the
+    end); `log_every` steps are averaged into one point of the history.
+
+    Raises: `SpecError` naming the key, for a value that cannot train.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-3
+    final_lr: float = 0.0
+    warmup: int = 20
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    amp: Literal["auto", "bf16", "none"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    eval_every: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise SpecError(f".{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "clip", "weight_decay", "final_lr", "eval_every", "seed"):
+            if getattr(self, name) < 0:
+                raise SpecError(f".{name}: must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise SpecError(f".{name}: must be above 0, got {getattr(self, name)}")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise SpecError(f".betas: each must be in [0, 1), got {beta}")
+        self._named_device()
+
+    def _named_device(self) -> torch.device | None:
+        # Whether the device is there is asked only when training starts: a config may be read on another machine.
+        if self.device == "auto":
+            return None
+        try:
+            return torch.device(self.device)
+        except RuntimeError:
+            raise SpecError(f".device: '{self.device}' is not auto, cpu, cuda or cuda:N") from None
+
+    def resolve_device(self) -> torch.device:
+        """Return the device that `device` stands for here; `SpecError` where there is no such device."""
+        device = self._named_device()
+        if device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise SpecError(f".device: '{self.device}' is asked for, but torch sees no GPU here")
+        return device

@@ -1,0 +1,181 @@
+"""The training loop: the same code on a CPU and a GPU, deterministic from its seed, and honest when it diverges.
+
+May import architectures and below, though any module with `model(ids, labels=...) -> .loss` and `model(ids) -> .logits`
+trains. config.py says how, task.py on what, history.py what comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridzoo.training.config import TrainConfig
+from hybridzoo.training.history import Evaluation, History
+from hybridzoo.training.optimiser import build_optimiser, learning_rate, set_learning_rate
+from hybridzoo.training.task import Task
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient stopped being a finite number; `step` (from 1) is the first where it did."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message, step)
+        self.message = message
+        self.step = step
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever shows it."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    tokens_per_second: float
+    metrics: dict[str, float]
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> History:
+    """Train `model` on `task` and return its history; the model is moved to the config's device and changed in place.
+
+    The batches depend on `config.seed` alone, so two models see the same data. The initial weights are the caller's
+    (seed torch before building). `on_progress` is called every `log_every` steps and after every evaluation.
+
+    Raises: `DivergedError` naming the first step whose loss or gradient norm is not finite, before its update could
+    reach a checkpoint.
+    """
+    return _Run(model, task, config, on_progress).run()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, `model` is in evaluation mode and no graph is recorded; its mode comes back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class _Run:
+    """One call of `train`: the pieces that every step needs, and the numbers since the last point."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, config: TrainConfig, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.device = config.resolve_device()
+        self.task, self.config, self.on_progress = task, config, on_progress
+        self.model = model.to(self.device)
+        on_gpu = self.device.type == "cuda"
+        self.bf16 = config.amp == "bf16" or (config.amp == "auto" and on_gpu)
+        compiled = on_gpu if config.compile == "auto" else config.compile
+        # Only the training step is compiled: evaluation meets many lengths, each of which would compile anew.
+        self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+        self.warm = not compiled
+        self.optimiser = build_optimiser(self.model, config)
+        self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.history = History(device=str(self.device))
+        self.pending: list[Tensor] = []  # [loss, gradient norm] of each step not yet written, still on the device
+        self.tokens = 0
+        self.started = 0.0
+
+    def run(self) -> History:
+        config = self.config
+        self.model.train()
+        self.started = time.perf_counter()
+        for step in range(config.steps):
+            rate = learning_rate(step, config)
+            self._step(step, rate)
+            done = step + 1
+            if not self.warm:  # the first step holds the compilation: time from after it
+                self._restart_clock()
+                self.warm = True
+            evaluate = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
+            if done % config.log_every == 0 or evaluate:
+                self._write_point(done, rate)
+                if evaluate:
+                    self._evaluate(done)
+                self._report(done, rate)
+        return self.history
+
+    def _step(self, step: int, rate: float) -> None:
+        batch = self.task.batch(step, self.config.batch_size, self.generator)
+        ids = batch.ids.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        set_learning_rate(self.optimiser, rate)
+        with self._autocast():
+            loss = self.forward(ids, labels=labels).loss
+        loss.backward()
+        bound = self.config.clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters, bound)
+        # No wait for the device here: a bad step is found when its point is written, at most log_every steps later.
+        self.pending.append(torch.stack([loss.detach().float(), norm.detach().float()]))
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.tokens += ids.numel()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def _restart_clock(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.started, self.tokens = time.perf_counter(), 0
+
+    def _write_point(self, done: int, rate: float) -> None:
+        numbers = torch.stack(self.pending).cpu()  # waits for the device
+        history = self.history
+        history.seconds += time.perf_counter() - self.started
+        history.tokens += self.tokens
+        self.started, self.tokens = time.perf_counter(), 0
+        first = done - len(self.pending) + 1
+        self.pending.clear()
+        for offset, (loss, norm) in enumerate(numbers.tolist()):
+            self._check_finite(first + offset, loss, norm)
+        means = numbers.double().mean(0).tolist()
+        history.steps.append(done)
+        history.loss.append(means[0])
+        history.grad_norm.append(means[1])
+        history.lr.append(rate)
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        for what, value in (("the loss", loss), ("the norm of the gradient", norm)):
+            if not abs(value) < float("inf"):  # also for NaN
+                rate = learning_rate(step - 1, self.config)
+                raise DivergedError(
+                    f"step {step} of {self.config.steps}: {what} is {value} (learning rate {rate:.3g}, clip "
+                    f"{self.config.clip:g}); a lower lr or a longer warmup usually helps",
+                    step,
+                )
+
+    def _evaluate(self, done: int) -> None:
+        with evaluating(self.model), self._autocast():
+            metrics = self.task.evaluate(self.model, self.device, quick=done < self.config.steps)
+        self.history.evaluations.append(Evaluation(done, {name: float(value) for name, value in metrics.items()}))
+        self.started = time.perf_counter()
+
+    def _report(self, done: int, rate: float) -> None:
+        if self.on_progress is None:
+            return
+        history = self.history
+        progress = Progress(done, self.config.steps, history.loss[-1], rate, history.tokens_per_second, history.metrics)
+        self.on_progress(progress)
+        self.started = time.perf_counter()
