@@ -80,7 +80,7 @@ def _packed(
 
 
 def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = _ShiftedTaps.apply(padded, weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _ShiftedTaps.apply(padded, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -111,7 +111,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Norm and gate `x, gate [..., D]`."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.group_size is not None:
             grouped = (self.dim // self.group_size, self.group_size)
             weight = weight.view(grouped)
