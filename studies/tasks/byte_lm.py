@@ -83,8 +83,8 @@ class ByteLm(StudyTask):
             label="bits a byte",
             maximise=False,
             about=(
-                f"Byte-level language modelling of {where}, split by file: {len(self.corpus.train_files)} files to train "
-                f"on, {len(self.corpus.validation_files)} to validate. The score is the mean bits a byte over "
+                f"Byte-level language modelling of {where}, split by file: {len(self.corpus.train_files)} files to "
+                f"train on, {len(self.corpus.validation_files)} to validate. The score is the mean bits a byte over "
                 f"{self.config.examples} windows of {self.config.length} bytes of the latter; lower is better."
             ),
         )

@@ -107,8 +107,9 @@ class Mqar(StudyTask):
             chance=1 / config.values,
             about=(
                 f"Multi-query associative recall: {config.pairs} key-value pairs from {config.keys} keys and "
-                f"{config.values} values, then the keys again in another order, {config.length_of(config.pairs)} tokens "
-                f"in all. A query counts as right only if the most likely of all {self.vocab_size} tokens is its value."
+                f"{config.values} values, then the keys again in another order, {config.length_of(config.pairs)} "
+                f"tokens in all. A query counts as right only if the most likely of all {self.vocab_size} tokens is "
+                "its value."
             ),
             level_axis="key-value pairs in the sequence",
             levels=tuple((level, self._metric(level)) for level in levels) if len(levels) > 1 else (),
