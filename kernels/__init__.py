@@ -1,1 +1,6 @@
 """Functions of tensors: the gated delta rule and the small ops around it. Imports torch only; modules live in mixers."""
+
+from hybridzoo.kernels.gated_delta_rule import gated_delta_rule
+from hybridzoo.kernels.state import ContentGate, DeltaState
+
+__all__ = ["ContentGate", "DeltaState", "gated_delta_rule"]

@@ -1,0 +1,139 @@
+"""`gated_delta_rule`: the one recurrence behind every recurrent mixer, and the choice of backend.
+
+The backends are `reference` (token by token, reference.py), `torch` (chunkwise, chunkwise.py and chunkwise_op.py); what
+they share is checked here once.
+
+Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
+N sequences (B, or the number packed into one row).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens, check_inputs, check_state
+from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
+from hybridzoo.kernels.norms import l2_norm
+from hybridzoo.kernels.reference import reference_delta_rule
+from hybridzoo.kernels.state import ContentGate, DeltaState
+
+BACKENDS = ("auto", "torch", "reference")
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    erase_logits: Tensor | None = None,
+    content: ContentGate | None = None,
+    correct: Tensor | None = None,
+    write: Tensor | None = None,
+    predict: str = "decayed",
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    state: DeltaState | None = None,
+    cu_seqlens: Tensor | None = None,
+    erase_value: Tensor | None = None,
+    segments: int | None = None,
+    return_state: bool = True,
+    inplace_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, DeltaState | None]:
+    """Run the gated delta rule over a sequence.
+
+    Per value head, with value head `j` reading key head `j // (HV/H)`::
+
+        log D_t = g_t - softplus(z_t + u_c)
+        S_t = diag(D_t) S_{t-1} - k_t ((e_t * k_t)^T S') + k_t (w_t * v_t)^T
+        S'  = diag(D_t) S_{t-1}  (predict="decayed")   or   S_{t-1}  (predict="stored")
+        o_t = scale * S_t^T q_t
+
+    A gate that is None is off: no decay, no erase, no correction, and ones for `write`.
+
+    Args:
+        q, k: `[B, T, H, K]`, one floating dtype with v.
+        v: `[B, T, HV, V]`, HV a multiple of H.
+        log_decay: `g`, `[B, T, HV]` or `[B, T, HV, K]`, at most 0. The chunkwise backends floor it at -20 a token
+            (-160 in float64), with no gradient below.
+        erase_logits: `z`, `[B, T, HV, K]`.
+        content: CARVE's readout `u_c`, added to `erase_logits`.
+        correct: `e`, `[B, T, HV]` or `[B, T, HV, K]`.
+        write: `w`, `[B, T, HV]` or `[B, T, HV, V]`.
+        predict: which state the correction reads.
+        scale: `1/sqrt(K)` unless given.
+        qk_l2norm: replace q and k by `x * rsqrt(sum x^2 + 1e-6)` first.
+        state: where the sequences stand; fresh when None.
+        cu_seqlens: int `[N+1]`: N sequences packed into one row (B = 1), each with its own state.
+        erase_value: `[B, T, HV, V]`, logits of an erase mask over value channels; `reference` only.
+        segments: how many pieces a backend may cut the sequence into to fill a device; never changes the result.
+            The backends here do not need it.
+        return_state: give back the final state, else None.
+        inplace_state: write the final state into `state`'s own tensors (inference only).
+        backend: `auto`, `torch` or `reference`.
+
+    Returns:
+        `o [B, T, HV, V]` in v's dtype and the final `DeltaState`. All are differentiable in every floating input.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices, bounds or options that do not fit, naming the argument.
+
+    The rows of flags that make GLA, Mamba-2, DeltaNet, Gated DeltaNet, KDA, Gated DeltaNet-2 and CARVE of it are in
+    `hybridzoo.mixers`.
+    """
+    check_inputs(q, k, v, log_decay, erase_logits, content, correct, write, erase_value, predict)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if erase_value is not None and backend != "reference":
+        raise ValueError(
+            "erase_value needs backend='reference': an erase along the value axis gives each value channel its own "
+            "triangular system, so no chunkwise form with one shared solve exists"
+        )
+    if segments is not None and segments < 1:
+        raise ValueError(f"segments must be at least 1, got {segments}")
+    B, _, _, K = q.shape
+    HV, V = v.shape[2:]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    n = B
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B)
+        n = cu_seqlens.numel() - 1
+    if state is None:
+        if inplace_state:
+            raise ValueError("inplace_state needs a state to write into")
+        state = DeltaState.zeros(n, HV, K, V, content is not None, q.device, dtype)
+    else:
+        check_state(state, n, HV, K, V, content is not None, dtype, q.device)
+    if qk_l2norm:
+        q, k = l2_norm(q), l2_norm(k)
+    scale = K**-0.5 if scale is None else scale
+    if backend == "reference":
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens.tolist(), q.shape[1])
+        o, new_state = reference_delta_rule(
+            *(q, k, v, log_decay, erase_logits, content, correct, write, state),
+            predict=predict,
+            scale=scale,
+            cu_seqlens=cu_seqlens,
+            erase_value=erase_value,
+        )
+    else:
+        o, new_state = chunkwise_delta_rule(
+            *(q, k, v, log_decay, erase_logits, content, correct, write, state),
+            predict=predict,
+            scale=scale,
+            cu_seqlens=cu_seqlens,
+        )
+    o = o.to(v.dtype)
+    if inplace_state:
+        new_state = _write_back(state, new_state)
+    return o, new_state if return_state else None
+
+
+def _write_back(state: DeltaState, new_state: DeltaState) -> DeltaState:
+    if torch.is_grad_enabled() and any(field.requires_grad for field in (*state, *new_state)):
+        raise ValueError("inplace_state would overwrite a tensor that autograd needs: use it under torch.no_grad()")
+    for old, new in zip(state, new_state, strict=True):
+        old.copy_(new)
+    return state
