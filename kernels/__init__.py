@@ -1,4 +1,4 @@
-"""Functions of tensors: the gated delta rule and the small ops around it. Imports torch only; modules live in mixers."""
+"""Functions of tensors: the gated delta rule and the small ops around it. Imports torch only; modules are in mixers."""
 
 from hybridzoo.kernels.gated_delta_rule import gated_delta_rule
 from hybridzoo.kernels.state import ContentGate, DeltaState

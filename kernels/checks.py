@@ -7,6 +7,7 @@ N sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def check_bounds(bounds: Sequence[int], T: int) -> None:
     """Raise unless the values of `cu_seqlens` start at 0, never decrease and end at T."""
     if bounds[0] != 0 or bounds[-1] != T:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got {bounds[0]} and {bounds[-1]}")
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at entry {n + 1}")
 

@@ -31,7 +31,7 @@ from hybridzoo.kernels.triangular import unit_lower_inverse
 
 # A segment's temporaries are a dozen [G, C, K] tensors; about this many tile-heads keep them in a CPU's caches and
 # still amortise the launch of each op.
-SEGMENT_TILES = 64
+SEGMENT_TILES = 32
 
 
 class Operands(NamedTuple):
@@ -47,7 +47,7 @@ class Operands(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What goes from segment to segment, longest sequence first: `S [N * HV, K, V]`, `o_sum` and `o_mean [N, HV, V]`."""
+    """What segments hand on, longest sequence first: `S [N * HV, K, V]`, `o_sum` and `o_mean [N, HV, V]`."""
 
     S: Tensor
     o_sum: Tensor
@@ -257,7 +257,7 @@ def backward(
         d_erase = _segment_backward(segment, saved, d_out, dS, d)
         if gate is not None and mean is not None and d_erase is not None:
             gate.readout(d_erase, mean, len(steps))
-    return Gradients(d, d_carry, gate and gate.down, gate and gate.up)
+    return Gradients(d, d_carry, None if gate is None else gate.down, None if gate is None else gate.up)
 
 
 def _segment_backward(segment: _Segment, saved: Saved, d_out: Tensor, dS: Tensor, d: Operands) -> Tensor | None:

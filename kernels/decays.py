@@ -150,8 +150,8 @@ class _Level(NamedTuple):
 class ChannelDecay(NoDecay):
     """One log-decay a token and key channel, `[G, C, K]`.
 
-    Pairs are split by the smallest aligned block of 2, 4, ..., C tokens that holds both: its middle lies between them, so
-    `exp(G_i - G_j) = exp(G_i - G_middle) exp(G_middle - G_j)` with both factors at most 1, and each level is one
+    Pairs are split by the smallest aligned block of 2, 4, ..., C tokens that holds both: its middle lies between them,
+    so `exp(G_i - G_j) = exp(G_i - G_middle) exp(G_middle - G_j)` with both factors at most 1, and each level is one
     matrix product a block. No `[C, C, K]` tensor is formed.
     """
 

@@ -8,6 +8,9 @@ N sequences (B, or the number packed into one row).
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,35 +39,33 @@ def reference_delta_rule(
     `erase_value [B, T, HV, V]` holds logits of a second erase mask, over value channels: `S <- S diag(1 - sigmoid)`.
     No chunkwise form shares one solve across value channels then, which is why it exists only here.
     """
-    tokens = (q, k, v, log_decay, erase_logits, correct, write, erase_value)
+    tokens = _Tokens(q, k, v, log_decay, erase_logits, correct, write, erase_value)
     if cu_seqlens is None:
-        return _run(*tokens, content, state, predict, scale)
-    bounds = cu_seqlens.tolist()
+        return _run(tokens, content, state, predict, scale)
     outputs, states = [], []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        one = (None if x is None else x[:, start:end] for x in tokens)
-        o, new = _run(*one, content, DeltaState(*(field[n : n + 1] for field in state)), predict, scale)
+    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        one = _Tokens(*(None if x is None else x[:, start:end] for x in tokens))  # type: ignore[arg-type]
+        o, new = _run(one, content, DeltaState(*(field[n : n + 1] for field in state)), predict, scale)
         outputs.append(o)
         states.append(new)
-    if not states:
-        return v, state
     return torch.cat(outputs, dim=1), DeltaState(*(torch.cat(fields) for fields in zip(*states, strict=True)))
 
 
+class _Tokens(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    erase_logits: Tensor | None
+    correct: Tensor | None
+    write: Tensor | None
+    erase_value: Tensor | None
+
+
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase_logits: Tensor | None,
-    correct: Tensor | None,
-    write: Tensor | None,
-    erase_value: Tensor | None,
-    content: ContentGate | None,
-    state: DeltaState,
-    predict: str,
-    scale: float,
+    tokens: _Tokens, content: ContentGate | None, state: DeltaState, predict: str, scale: float
 ) -> tuple[Tensor, DeltaState]:
+    q, k, v, log_decay, erase_logits, correct, write, erase_value = tokens
     S, o_sum, o_mean, count = state
     dtype = S.dtype
     group = v.shape[2] // k.shape[2]

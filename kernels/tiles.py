@@ -11,6 +11,7 @@ Shapes: B batch, T time, N sequences, M tiles, C slots in a tile, L content chun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def cut(
     else:
         bounds = cu_seqlens.tolist()
         check_bounds(bounds, T)
-        starts, lengths = bounds[:-1], [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        starts, lengths = bounds[:-1], [end - start for start, end in pairwise(bounds)]
     counts = [0] * len(lengths) if chunk is None else count.tolist()
     if chunk is not None and any(not 0 <= seen < chunk for seen in counts):
         raise ValueError(f"state.count must lie in 0 to {chunk - 1} for a content chunk of {chunk}, got {counts}")
