@@ -7,11 +7,12 @@ sequence. Nothing here reads its values on the host while compiling or on a GPU,
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens
 
 
 class Packing(NamedTuple):
@@ -21,30 +22,17 @@ class Packing(NamedTuple):
     position: Tensor  # its place within that sequence, from 0
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, total: int) -> None:
-    """Refuse boundaries that do not describe `total` tokens of a row.
+def check_packing(cu_seqlens: Tensor, batch: int, total: int) -> None:
+    """Refuse boundaries that do not describe `total` tokens of one row.
 
-    Shape, dtype and B = 1 are always checked. The values are checked eagerly where they lie in host memory; on a GPU
-    the caller that made them vouches for them, since reading them would stop the host at every layer.
+    Shape, dtype and B = 1 are always checked. The values are checked where they lie in host memory and no compiler is
+    tracing; on a GPU whoever made them vouches for them, since reading them would stop the host at every layer.
 
-    Raises `TypeError` for a dtype other than int32 or int64, `ValueError` for the rest.
+    Raises `ValueError`.
     """
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens: expected shape [N+1] with N >= 1, got {list(cu_seqlens.shape)}")
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: packed sequences lie in one row (B = 1), got B = {batch}")
-    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
-        return
-    values = cu_seqlens.tolist()
-    if values[0] != 0:
-        raise ValueError(f"cu_seqlens: must start at 0, got {values[0]}")
-    if values[-1] != total:
-        raise ValueError(f"cu_seqlens: must end at T = {total}, got {values[-1]}")
-    for n, (start, end) in enumerate(itertools.pairwise(values)):
-        if end < start:
-            raise ValueError(f"cu_seqlens: must not decrease, got {end} after {start} at index {n + 1}")
+    check_cu_seqlens(cu_seqlens, batch)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_bounds(cu_seqlens.tolist(), total)
 
 
 def locate(cu_seqlens: Tensor, total: int) -> Packing:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from hybridzoo.kernels.packing import check_cu_seqlens, locate
+from hybridzoo.kernels.packing import check_packing, locate
 
 ConvActivation: TypeAlias = Literal["silu"]
 
@@ -148,7 +148,7 @@ def _check(
     if activation not in (None, "silu"):
         raise ValueError(f"short_conv: activation must be 'silu' or None, got {activation!r}")
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
+        check_packing(cu_seqlens, B, T)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if tail is not None and tail.shape != (N, C, weight.shape[1] - 1):
         raise ValueError(

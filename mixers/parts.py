@@ -1,4 +1,4 @@
-"""The small modules that token mixers share: short convolution, norms, a low-rank map.
+"""The small things that token mixers share: short convolution, norms, a low-rank map, the check of an input.
 
 Parameter names and shapes are those of `nn.Conv1d`, `nn.Linear` and the published layers, so that weights carry over
 by name. Each builds on the meta device and has `reset_parameters`. May import kernels.
@@ -14,8 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from hybridzoo.kernels.norms import GateActivation, gated_rms_norm, rms_norm
+from hybridzoo.kernels.packing import check_packing
 from hybridzoo.kernels.short_conv import ConvActivation, ShortConvResult, short_conv
 from hybridzoo.mixers.base import ConvInit
+
+
+def count_sequences(x: Tensor, d_model: int, cu_seqlens: Tensor | None) -> int:
+    """Return N, the number of sequences in a mixer's input `x [B, T, d_model]`.
+
+    Raises `TypeError` where `x` is not floating point, `ValueError` for another shape or boundaries that do not fit.
+    """
+    if x.dim() != 3 or x.shape[2] != d_model:
+        raise ValueError(f"x must be [B, T, d_model] = [B, T, {d_model}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if cu_seqlens is None:
+        return x.shape[0]
+    check_packing(cu_seqlens, x.shape[0], x.shape[1])
+    return cu_seqlens.shape[0] - 1
 
 
 class ShortConvolution(nn.Module):

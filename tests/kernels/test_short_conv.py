@@ -127,7 +127,7 @@ def test_it_compiles_whole_with_tails_and_packing() -> None:
         ({"bias": torch.zeros(1)}, ValueError, r"bias must be \[C\]"),
         ({"tail": torch.zeros(2, C, 4)}, ValueError, r"tail must be \[N, C, W-1\] = \[2, 5, 3\]"),
         ({"activation": "gelu"}, ValueError, "'silu' or None, got 'gelu'"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "one row"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "B must be 1"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
