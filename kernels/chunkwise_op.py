@@ -183,9 +183,10 @@ def _cut_operands(tiling: Tiling, dtype: torch.dtype, scale: float, q: Tensor, k
                   *gates: Tensor | None) -> Operands:  # fmt: skip
     group = v.shape[2] // k.shape[2]
     keys = [tiling.cut(x, dtype).repeat_interleave(group, 1) if group > 1 else tiling.cut(x, dtype) for x in (q, k)]
-    parts = [keys[0] * scale, keys[1], tiling.cut(v, dtype)]
-    parts += [None if gate is None else tiling.cut(gate, dtype) for gate in gates]
-    return Operands(*(None if x is None else x.flatten(0, 1) for x in parts))  # type: ignore[arg-type]
+    cut_gates = [None if gate is None else tiling.cut(gate, dtype).flatten(0, 1) for gate in gates]
+    return Operands(
+        (keys[0] * scale).flatten(0, 1), keys[1].flatten(0, 1), tiling.cut(v, dtype).flatten(0, 1), *cut_gates
+    )
 
 
 def _content(down: Tensor | None, up: Tensor | None, chunk: int, dtype: torch.dtype) -> ContentGate | None:

@@ -35,7 +35,7 @@ class DeltaState(NamedTuple):
     S: Tensor
     o_sum: Tensor
     o_mean: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the word of the design; nobody counts fields
 
     @staticmethod
     def zeros(

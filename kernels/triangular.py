@@ -15,8 +15,8 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     """`(I + A)^-1` for strictly lower-triangular `A [G, C, C]`, C a power of two.
 
     Blocks double: with `X` the inverse of the diagonal blocks so far and `B` what A holds newly inside the doubled
-    ones, `X - X B X` is the inverse of these. Unlike the product `(I-A)(I+A^2)(I+A^4)...`, whose terms grow and cancel when
-    keys repeat, each step multiplies true inverses. Small blocks are inverted as full products on leaves of 16.
+    ones, `X - X B X` is the inverse of these. Unlike the product `(I-A)(I+A^2)(I+A^4)...`, whose terms grow and cancel
+    when keys repeat, each step multiplies true inverses. Small blocks are inverted as full products on leaves of 16.
     """
     C = A.shape[-1]
     leaf = min(C, _LEAF)
