@@ -11,14 +11,38 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from hybridzoo.kernels.state import DeltaState
 from hybridzoo.mixers.schema import SpecError, convert
 
 State: TypeAlias = Any  # a NamedTuple of tensors, one kind a mixer; torch's pytrees see through it
+
+
+class RecurrentState(NamedTuple):
+    """The state of a mixer over the gated delta rule.
+
+    `conv`: the tails `[N, channels, W-1]` of its short convolutions, or none; `delta`: the recurrence's own; `length
+    [N]` int32: tokens seen.
+    """
+
+    conv: tuple[Tensor, ...]
+    delta: DeltaState
+    length: Tensor
+
+
+def check_recurrent_state(state: object, n: int, n_tails: int) -> None:
+    """Refuse a state of another kind of mixer or batch; the tails and the recurrence check their own shapes."""
+    if not isinstance(state, RecurrentState):
+        raise ValueError(f"expected a RecurrentState, got {type(state).__name__}: another mixer's state")
+    if len(state.conv) != n_tails:
+        raise ValueError(f"state.conv must hold {n_tails} convolution tails, got {len(state.conv)}")
+    if tuple(state.length.shape) != (n,):
+        raise ValueError(f"state.length must be [N] = [{n}], got {list(state.length.shape)}")
+
 
 ConvInit: TypeAlias = Literal["default", "mean"]
 QkInit: TypeAlias = Literal["independent", "equal"]
