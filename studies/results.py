@@ -1,0 +1,142 @@
+"""Results on disk: one JSON file a trial, written whole or not at all, and never trusted unread.
+
+A file is written beside its place, flushed to the disk and renamed, so a killed process leaves the old file or the new
+one. Each carries a digest of itself: a file that was cut, edited or copied badly is refused with the reason. May import
+nothing of hybridzoo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+FORMAT = 1
+
+Status: TypeAlias = Literal["finished", "failed"]
+
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "key": str,
+    "stack": str,
+    "task": str,
+    "seed": int,
+    "status": str,
+    "metrics": dict,
+    "history": dict,
+    "seconds": (int, float),
+    "error": str,
+    "traceback": str,
+    "environment": dict,
+}
+
+
+class CorruptResultError(ValueError):
+    """A result file that cannot be used; the message names the file and what is wrong with it."""
+
+
+def canonical(data: Any) -> str:
+    """Return `data` as JSON text that is the same for equal data; `ValueError` for NaN and infinities."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def content_key(data: Any) -> str:
+    """Return a hash of `data`: equal data, equal key, on every machine."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` to `path` as JSON, atomically and durably: readers see the old file or the whole new one."""
+    write_text(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, atomically and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes it private; results are for sharing
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk; Windows cannot open a folder, and needs no such call.
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete the unfinished files of writers that were killed, and return how many there were."""
+    leftovers = list(folder.glob(".*.tmp"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write one trial's result with its digest; `ValueError` for one that `read_result` would refuse."""
+    payload = {"format": FORMAT, **result}
+    _check(path, payload)
+    write_json(path, {**payload, "digest": content_key(payload)})
+
+
+def read_result(path: Path, key: str | None = None) -> dict[str, Any]:
+    """Read one trial's result.
+
+    Raises: `CorruptResultError` for a file that is cut short, is not JSON, lacks a field, does not fit its digest, or
+    belongs to another trial than `key`; `FileNotFoundError` where there is none.
+    """
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise CorruptResultError(f"{path}: not text") from None
+    except ValueError as error:
+        raise CorruptResultError(f"{path}: cut short or not JSON ({error})") from None
+    if not isinstance(payload, dict):
+        raise CorruptResultError(f"{path}: holds a {type(payload).__name__}, not a result")
+    digest = payload.pop("digest", None)
+    _check(path, payload)
+    if digest != content_key(payload):
+        raise CorruptResultError(f"{path}: changed since it was written (its digest does not fit)")
+    if key is not None and payload["key"] != key:
+        raise CorruptResultError(f"{path}: the result of another trial ({payload['key'][:12]}, not {key[:12]})")
+    return payload
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check(path: Path, payload: Mapping[str, Any]) -> None:
+    for field, kind in _NEEDED.items():
+        if field not in payload:
+            raise CorruptResultError(f"{path}: the field '{field}' is missing")
+        if not isinstance(payload[field], kind):
+            raise CorruptResultError(f"{path}: the field '{field}' is a {type(payload[field]).__name__}")
+    if payload["format"] != FORMAT:
+        raise CorruptResultError(f"{path}: written in format {payload['format']}, this version reads {FORMAT}")
+    if payload["status"] not in ("finished", "failed"):
+        raise CorruptResultError(f"{path}: the status '{payload['status']}' is neither finished nor failed")
+    if payload["status"] == "finished" and not payload["metrics"]:
+        raise CorruptResultError(f"{path}: finished, but without a score")
+    for name, value in payload["metrics"].items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CorruptResultError(f"{path}: the score '{name}' is {value}, not a finite number")
