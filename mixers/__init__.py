@@ -1,6 +1,17 @@
 """Token mixers: the registry and what it registers. May import kernels; blocks come next."""
 
+from hybridzoo.mixers.attention import Attention
 from hybridzoo.mixers.base import MixerConfig, TokenMixer
+from hybridzoo.mixers.presets import (
+    Carve,
+    CarvePaper,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    LinearAttention,
+)
 from hybridzoo.mixers.registry import (
     Entry,
     Word,
@@ -14,7 +25,16 @@ from hybridzoo.mixers.registry import (
 from hybridzoo.mixers.schema import SpecError
 
 __all__ = [
+    "Attention",
+    "Carve",
+    "CarvePaper",
+    "DeltaNet",
     "Entry",
+    "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedLinearAttention",
+    "KimiDeltaAttention",
+    "LinearAttention",
     "MixerConfig",
     "SpecError",
     "TokenMixer",

@@ -57,6 +57,11 @@ class MixerConfig:
     def __post_init__(self) -> None:
         require_positive(self, "d_model")
 
+    @property
+    def caveat(self) -> str | None:
+        """What a user should know before training this choice of words, if anything."""
+        return None
+
 
 def require_positive(config: MixerConfig, *names: str) -> None:
     """Raise `SpecError` for a named size that is set and below 1."""

@@ -1,0 +1,71 @@
+"""The gates of a recurrent mixer that have parameters of their own, kept together so that they can stay float32.
+
+May import kernels. Shapes: B batch, T time, HV value heads, K key dim, V value dim, r content rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridzoo.kernels import ContentGate
+
+GLA_NORMALISER = 16.0  # arXiv 2312.06635, section 4.4
+
+
+class Gates(nn.Module):
+    """`A_log`, `dt_bias` and the content pair of one mixer.
+
+    Args:
+        rate: shape of `A_log`: `[heads]`, or `[heads, K]` for a rate a channel; None without a softplus decay.
+        dt: length of `dt_bias`, one a value of the decay projection.
+        content: `(heads, r, V, K)` of CARVE's pair; one head is shared by all.
+    """
+
+    def __init__(self, rate: tuple[int, ...] | None, dt: int, content: tuple[int, int, int, int] | None) -> None:
+        super().__init__()
+        self.A_log = self.dt_bias = self.content_down = self.content_up = None
+        if rate is not None:
+            self.A_log = nn.Parameter(torch.empty(rate, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(dt, dtype=torch.float32))
+        if content is not None:
+            heads, r, V, K = content
+            self.content_down = nn.Parameter(torch.empty(heads, r, V, dtype=torch.float32))
+            self.content_up = nn.Parameter(torch.empty(heads, K, r, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self, lowest_rate: float = 1.0) -> None:
+        """Draw as Mamba-2 and its successors do: rates uniform in `[lowest_rate, 16]`, steps log-uniform in [.001, .1].
+
+        The content pair starts with U1 of unit gain and `U2 = 0`, so that CARVE starts as its token gate alone.
+        """
+        if self.A_log is not None and self.dt_bias is not None:
+            self.A_log.uniform_(lowest_rate, 16.0).log_()
+            dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
+            dt.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        if self.content_down is not None and self.content_up is not None:
+            self.content_down.normal_(0.0, self.content_down.shape[-1] ** -0.5)
+            self.content_up.zero_()
+
+    def log_decay(self, f: Tensor) -> Tensor:
+        """`-exp(A) softplus(f + tau)` in float32, for `f [B, T, HV]` or `[B, T, HV, K]` of any heads that A has.
+
+        float64 stays float64. Without rates, GLA's `logsigmoid(f) / 16`.
+        """
+        f = f if f.dtype == torch.float64 else f.float()
+        if self.A_log is None or self.dt_bias is None:
+            return F.logsigmoid(f) / GLA_NORMALISER
+        rate = self.A_log.exp()
+        if f.ndim == 4 and rate.ndim == 1:
+            rate = rate[:, None]
+        return -rate * F.softplus(f + self.dt_bias.view(f.shape[2:]))
+
+    def content(self, n_v_heads: int, chunk: int) -> ContentGate | None:
+        """The content gate, a shared pair expanded to all heads; None where the mixer has none."""
+        if self.content_down is None or self.content_up is None:
+            return None
+        down, up = (pair.expand(n_v_heads, -1, -1) for pair in (self.content_down, self.content_up))
+        return ContentGate(down, up, chunk)
