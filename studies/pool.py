@@ -67,13 +67,17 @@ def _run_here(work: Work, jobs: Sequence[Any], threads: int, on_event: Callable[
         for index, job in enumerate(jobs):
             on_event(Event("started", index))
             try:
-                result = work(job, lambda value, index=index: on_event(Event("progress", index, value)))
+                result = work(job, _sender(on_event, index))
             except Exception as error:
                 on_event(Event("failed", index, describe(error), traceback.format_exc()))
             else:
                 on_event(Event("done", index, result))
     finally:
         torch.set_num_threads(before)
+
+
+def _sender(emit: Callable[[Event], None], index: int) -> Send:
+    return lambda value: emit(Event("progress", index, value))
 
 
 def describe(error: BaseException) -> str:
@@ -194,7 +198,7 @@ def _main(work: Work, channel: connection.Connection[Any, Any], threads: int) ->
         while True:
             index, job = channel.recv()
             try:
-                result = work(job, lambda value, index=index: channel.send(Event("progress", index, value)))
+                result = work(job, _sender(channel.send, index))
                 event = Event("done", index, result)
             except (BrokenPipeError, ConnectionResetError):
                 raise

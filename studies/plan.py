@@ -1,0 +1,190 @@
+"""From a study to its trials: every stack resolved, brought to the budget, counted, and crossed with tasks and seeds.
+
+May import architectures and training. A plan is saved with the results, so that a report needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridzoo.architectures import Spec, account, load_spec
+from hybridzoo.architectures.loader import spec_from
+from hybridzoo.mixers import MixerConfig, build_mixer
+from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
+from hybridzoo.mixers.schema import SpecError
+from hybridzoo.studies.equalise import equalise, parameters
+from hybridzoo.studies.study import Study
+from hybridzoo.studies.tasks import Shown, build_task
+from hybridzoo.studies.trial import Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """One stack of the study as it is trained, with its costs.
+
+    `family` names its recurrent mixers (`attention` where there are none); `attention` is the share of its mixers that
+    keep keys and values. Bytes are for one sequence after the study's `context` tokens, in bfloat16 where a cache is.
+    """
+
+    label: str
+    pattern: str
+    family: str
+    attention: float
+    ffn_width: int | None
+    specs: dict[str, dict[str, Any]]  # by task: the vocabulary differs
+    parameters: dict[str, int]
+    train_flops: dict[str, int]
+    decode_flops: dict[str, int]
+    state_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study made concrete. `excluded` are stacks that cannot meet the budget: label, and why."""
+
+    study: dict[str, Any]
+    target: int | None
+    stacks: tuple[Stack, ...]
+    excluded: tuple[tuple[str, str], ...]
+    shown: dict[str, Shown]
+    trials: tuple[Trial, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read back what `to_dict` gave; `KeyError` or `TypeError` for anything else."""
+        return cls(
+            study=dict(data["study"]),
+            target=data["target"],
+            stacks=tuple(Stack(**stack) for stack in data["stacks"]),
+            excluded=tuple((label, why) for label, why in data["excluded"]),
+            shown={label: Shown.from_dict(shown) for label, shown in data["shown"].items()},
+            trials=tuple(Trial(**trial) for trial in data["trials"]),
+        )
+
+
+def make_plan(study: Study) -> Plan:
+    """Resolve every stack, meet the budget, and list the trials, seeds outermost so that an early stop leaves pairs.
+
+    Raises: `SpecError` naming the study, the stack and the key, for a stack that cannot be built or a budget that none
+    can meet.
+    """
+    tasks = {label: build_task(entry.task, f"{study.source}: tasks.{label}") for label, entry in study.tasks.items()}
+    # Absolute differences are the same for any vocabulary, so relative ones are largest at the smallest: solve there.
+    smallest = min(task.vocab_size for task in tasks.values())
+    specs = {label: _resolve(study, label, smallest) for label in study.stacks}
+    target, specs, excluded = _hold(study, specs)
+    if not specs:
+        listed = "; ".join(f"{label}: {why}" for label, why in excluded)
+        raise SpecError(f"{study.source}: hold.params: no stack can meet the budget ({listed})")
+    stacks = tuple(
+        _stack(label, spec, {name: task.vocab_size for name, task in tasks.items()}, study.context)
+        for label, spec in specs.items()
+    )
+    trials = tuple(
+        Trial(
+            stack=stack.label,
+            task=name,
+            seed=seed,
+            spec=stack.specs[name],
+            task_entry=entry.task,
+            fingerprint=tasks[name].fingerprint(),
+            train=dataclasses.asdict(replace(entry.train, seed=seed)),
+            parameters=stack.parameters[name],
+        )
+        for seed in study.seeds
+        for name, entry in study.tasks.items()
+        for stack in stacks
+    )
+    shown = {name: task.shown for name, task in tasks.items()}
+    plan = Plan(study=study.to_dict(), target=target, stacks=stacks, excluded=excluded, shown=shown, trials=trials)
+    # Through JSON once: what workers are given is then exactly what a later run reads from the disk, tuples and all.
+    return Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+
+
+def _resolve(study: Study, label: str, vocab_size: int) -> Spec:
+    overrides = [f"{path}={json.dumps(value)}" for path, value in study.stacks[label].items()]
+    overrides.append(f"vocab_size={vocab_size}")
+    try:
+        if isinstance(study.spec, str):
+            return load_spec(_found(study.spec, study.folder), overrides)
+        return spec_from(study.spec, overrides, "spec", study.folder)
+    except SpecError as error:
+        # What is wrong with the base is wrong with every stack; naming one of them would mislead.
+        place = "" if str(error).startswith("spec") else f"stacks.{label}: "
+        raise SpecError(f"{study.source}: {place}{error}") from None
+
+
+def _found(name: str, folder: Path) -> str:
+    beside = folder / name
+    return str(beside) if name.endswith((".yaml", ".yml")) and beside.exists() else name
+
+
+def _hold(study: Study, specs: dict[str, Spec]) -> tuple[int | None, dict[str, Spec], tuple[tuple[str, str], ...]]:
+    if study.hold is None:
+        return None, specs, ()
+    target = study.hold.params
+    if target == "largest":
+        target = int(max(parameters(spec) for spec in specs.values()))
+    solved = {label: equalise(spec, target, study.hold.tolerance) for label, spec in specs.items()}
+    excluded = tuple((label, result.why) for label, result in solved.items() if not result.reached)
+    return target, {label: result.spec for label, result in solved.items() if result.reached}, excluded
+
+
+def _stack(label: str, spec: Spec, vocabularies: Mapping[str, int], context: int) -> Stack:
+    by_task = {name: replace(spec, name=label, vocab_size=size) for name, size in vocabularies.items()}
+    accounts = {name: account(one, context=context) for name, one in by_task.items()}
+    first = next(iter(accounts.values()))
+    return Stack(
+        label=label,
+        pattern=spec.pattern,
+        family=_family(spec),
+        attention=_attention(spec),
+        ffn_width=None if spec.ffn.type == "none" else spec.ffn.hidden(spec.d_model),
+        specs={name: one.to_dict() for name, one in by_task.items()},
+        parameters={name: a.parameters for name, a in accounts.items()},
+        train_flops={name: a.train_flops_per_token for name, a in accounts.items()},
+        decode_flops={name: a.decode_flops_per_token for name, a in accounts.items()},
+        state_bytes=first.state_bytes,
+        kv_bytes=first.kv_bytes,
+    )
+
+
+@functools.cache
+def _keeps_keys(config: MixerConfig) -> bool:
+    """Whether a mixer is attention, whoever wrote it: what it keeps grows with the context as keys and values."""
+    with torch.device("meta"):
+        return build_mixer(config).kv_bytes(64) > 0
+
+
+def _attention(spec: Spec) -> float:
+    # Mixers in parallel share their layer, so each counts for its part of it.
+    shares = [sum(_keeps_keys(config) for _, config in layer.mixers) / len(layer.mixers) for layer in spec.layers]
+    return sum(shares) / len(shares)
+
+
+def _family(spec: Spec) -> str:
+    names = dict.fromkeys(
+        mixer_name(config) for layer in spec.layers for _, config in layer.mixers if not _keeps_keys(config)
+    )
+    return " + ".join(names) or "attention"
+
+
+def mixer_name(config: MixerConfig) -> str:
+    """Return a mixer as a registry string: its name, and the gate flags that are not its defaults."""
+    entry = entry_of(config)
+    changed = [f"{flag}={getattr(config, flag)}" for flag in GATE_FLAGS if flag in entry.flags]
+    defaults = [f"{flag}={entry.flags[flag].default}" for flag in GATE_FLAGS if flag in entry.flags]
+    words = [word for word, default in zip(changed, defaults, strict=True) if word != default]
+    return f"{entry.name}[{','.join(words)}]" if words else entry.name
