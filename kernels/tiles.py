@@ -67,7 +67,7 @@ class Tiling:
             return x.reshape(-1, *rest)[self.target].reshape(B, T, *rest).to(dtype)
         n = self.n_steps
         x = x.reshape(n, B, self.size, *rest).transpose(0, 1).reshape(B, n * self.size, *rest)
-        return x[:, :T].to(dtype, memory_format=torch.contiguous_format)
+        return x[:, :T].to(dtype).contiguous()  # as the operator's fake says; .to() alone may return the view
 
     def sort(self, x: Tensor) -> Tensor:
         """`[N, ...]` in the caller's order to a fresh tensor, longest sequence first."""

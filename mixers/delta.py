@@ -10,14 +10,22 @@ N sequences, W taps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.kernels import DeltaState, gated_delta_rule, gated_delta_rule_flops
-from hybridzoo.mixers.base import ConvInit, MixerConfig, QkInit, TokenMixer, require_positive
+from hybridzoo.mixers.base import (
+    ConvInit,
+    MixerConfig,
+    QkInit,
+    RecurrentState,
+    TokenMixer,
+    check_recurrent_state,
+    require_positive,
+)
 from hybridzoo.mixers.gates import Gates
 from hybridzoo.mixers.parts import GatedRMSNorm, LowRank, RMSNorm, ShortConvolution, count_sequences
 from hybridzoo.mixers.schema import SpecError
@@ -27,14 +35,6 @@ Erase: TypeAlias = Literal["none", "token", "content"]
 Correct: TypeAlias = Literal["none", "tied", "scalar", "channel"]
 Write: TypeAlias = Literal["one", "scalar", "channel"]
 Predict: TypeAlias = Literal["decayed", "stored"]
-
-
-class RecurrentState(NamedTuple):
-    """`conv`: tails `[N, channels, W-1]` of q, k and v, or none; `delta`: the recurrence's; `length [N]` int32."""
-
-    conv: tuple[Tensor, ...]
-    delta: DeltaState
-    length: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class DeltaMixer(TokenMixer):
         c = self.config
         n = count_sequences(x, c.d_model, cu_seqlens)
         if state is not None:
-            self._check_state(state, n)
+            check_recurrent_state(state, n, len(self._convs))
         tails = state.conv if state is not None else (None,) * len(self._convs)
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         new_tails = []
@@ -299,17 +299,6 @@ class DeltaMixer(TokenMixer):
             delta=DeltaState.zeros(n, c.HV, c.K, c.V, c.erase == "content", device, exact),
             length=torch.zeros(n, dtype=torch.int32, device=device),
         )
-
-    def _check_state(self, state: RecurrentState, n: int) -> None:
-        name = self.registry_name or type(self).__name__
-        if not isinstance(state, RecurrentState):
-            raise ValueError(f"{name}: expected a RecurrentState, got {type(state).__name__}: another mixer's state")
-        if len(state.conv) != len(self._convs):
-            raise ValueError(
-                f"{name}: state holds {len(state.conv)} convolution tails, this mixer needs {len(self._convs)}"
-            )
-        if tuple(state.length.shape) != (n,):
-            raise ValueError(f"{name}: state.length must be [N] = [{n}], got {list(state.length.shape)}")
 
     def state_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """The float32 state, CARVE's two means, two counters, and the convolutions' tails: whatever the context."""
