@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Every (line, absolute dotted name) that a module imports anywhere, also inside functions and under TYPE_CHECKING."""
+    """Every (line, absolute dotted name) that a module imports, also inside functions and under TYPE_CHECKING."""
     here = ["hybridzoo", *path.relative_to(ROOT).with_suffix("").parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,0 +1,107 @@
+"""`hybridzoo generate`: text from a trained folder, byte by byte as it comes. May import everything."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybridzoo.cli import names
+from hybridzoo.cli.output import command, fail, note, print_json, working
+
+if TYPE_CHECKING:
+    from hybridzoo.architectures import HybridLM
+
+EPILOG = """[bold]Examples[/]
+
+hybridzoo generate runs/carve-hybrid-tiny-bytes --prompt "def "
+
+echo "class Node:" | hybridzoo generate runs/carve-hybrid-tiny-bytes --prompt - --temperature 0"""
+
+
+def complete_source(incomplete: str) -> list[str]:
+    """Trained folders first, then specs."""
+    return [*names.complete_run(incomplete), *names.complete_spec(incomplete)]
+
+
+@command
+def generate_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_SPEC",
+            help="A folder that [bold]hybridzoo train[/] wrote; or a spec, whose weights are then untrained.",
+            autocompletion=complete_source,
+            show_default=False,
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to a spec.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The text to go on from; - reads it from stdin.")
+    ] = "\n",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Bytes to add.", min=0)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte, 1 draws as trained.", min=0.0)] = 0.8,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest bytes that hold this probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest bytes.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Make the draw repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print prompt and continuation as data, at the end.")] = False,
+) -> None:
+    """Go on from a prompt with a byte-level model, printing each byte as it is drawn."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise fail("the prompt is empty: give at least one character to go on from")
+    with working("loading the model"):
+        import torch
+
+        model = _load(source, overrides or [])
+    ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()[None]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces: list[str] = []
+
+    def show(tokens: torch.Tensor) -> None:
+        pieces.append(decoder.decode(bytes(tokens.tolist())))
+        if not as_json:
+            typer.echo(pieces[-1], nl=False)
+            sys.stdout.flush()
+
+    if not as_json:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+    started = time.perf_counter()
+    model.eval()
+    model.generate(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, on_tokens=show)
+    seconds = time.perf_counter() - started
+    pieces.append(decoder.decode(b"", final=True))
+    if as_json:
+        print_json({"prompt": text, "continuation": "".join(pieces), "tokens": max_new_tokens, "seconds": seconds})
+        return
+    typer.echo(pieces[-1])
+    note(f"{max_new_tokens} bytes in {seconds:.1f} s")
+
+
+def _load(source: str, overrides: list[str]) -> HybridLM:
+    from hybridzoo.architectures import build_model, load_spec
+    from hybridzoo.cli.runs import SPEC, WEIGHTS, is_run, load_run
+    from hybridzoo.mixers.schema import SpecError
+
+    folder = Path(source)
+    if is_run(folder):
+        if overrides:
+            raise SpecError(f"{folder}: a trained model is as it was trained: '{overrides[0]}' cannot change it")
+        model = load_run(folder)
+    elif folder.is_dir():
+        raise SpecError(f"{folder}: no trained model here (it would hold {WEIGHTS} and {SPEC})")
+    else:
+        model = build_model(load_spec(source, overrides))
+        note("these weights are untrained, so what follows is noise; train them first with: hybridzoo train")
+    if model.spec.vocab_size != 256:
+        raise SpecError(f"{source}: vocab_size is {model.spec.vocab_size}; only byte-level models (256) speak text")
+    return model

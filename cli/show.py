@@ -1,0 +1,111 @@
+"""`hybridzoo show`: a stack, layer by layer, with what each costs. May import everything."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hybridzoo.cli import names
+from hybridzoo.cli.output import command, new_table, print_json, stdout, working
+from hybridzoo.cli.units import count, size
+
+if TYPE_CHECKING:
+    from hybridzoo.architectures import Account, Spec
+    from hybridzoo.architectures.account import Cost
+    from hybridzoo.mixers import MixerConfig
+
+EPILOG = """[bold]Examples[/]
+
+hybridzoo show carve-hybrid-tiny
+
+hybridzoo show carve-hybrid-tiny "layers=(c*7 a)" mixers.c.erase=token --context 32768
+
+hybridzoo show my-stack.yaml --json"""
+
+
+@command
+def show_command(
+    spec: names.SpecName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as mixers.c.erase=token.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int, typer.Option("--context", "-c", help="Tokens at which FLOPs and memory are counted.", min=1)
+    ] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
+) -> None:
+    """Print a stack layer by layer: mixers with their flags, parameters, FLOPs a token, state and KV bytes."""
+    with working("counting"):
+        from hybridzoo.architectures import account, load_spec
+
+        loaded = load_spec(spec, overrides or [])
+        cost = account(loaded, context=context)
+    if as_json:
+        print_json({"spec": loaded.to_dict(), "account": dataclasses.asdict(cost)})
+        return
+    console = stdout()
+    _print_head(console, loaded, cost)
+    _print_layers(console, loaded, cost)
+    console.print(
+        f"[dim]FLOPs a token, a multiply-add as 2: training is forward and backward, the mean over {context:,} tokens; "
+        f"decoding is one more after them.\nMemory is for one sequence of {context:,} tokens, cache in bfloat16, "
+        "recurrent state in float32.[/]"
+    )
+
+
+def _print_head(console: Console, spec: Spec, cost: Account) -> None:
+    console.print(
+        f"[bold]{escape(spec.name)}[/]: {len(spec.layers)} layers, {count(cost.parameters)} parameters "
+        f"({cost.parameters:,})"
+    )
+    tied = "tied to the head" if spec.tie_embeddings else "with a head of its own"
+    ffn = "none" if spec.ffn.type == "none" else f"{spec.ffn.type} of width {spec.ffn.hidden(spec.d_model):,}"
+    console.print(f"  d_model {spec.d_model}, vocabulary {spec.vocab_size:,} {tied}, FFN {ffn}", soft_wrap=True)
+    console.print(f"  layers [bold]{escape(spec.pattern)}[/]", soft_wrap=True)
+    used = dict(pair for layer in spec.layers for pair in layer.mixers)
+    width = max(len(label) for label in used)
+    for label, config in used.items():
+        console.print(f"  [bold]{escape(label.ljust(width))}[/]  {escape(_described(config))}", soft_wrap=True)
+
+
+def _print_layers(console: Console, spec: Spec, cost: Account) -> None:
+    table = new_table(show_footer=True)
+    table.add_column("layer", "all", justify="right", no_wrap=True)
+    table.add_column("mixers", no_wrap=True)
+    table.add_column("parameters", count(cost.parameters), justify="right")
+    table.add_column("train\nFLOPs", count(cost.train_flops_per_token), justify="right")
+    table.add_column("decode\nFLOPs", count(cost.decode_flops_per_token), justify="right")
+    table.add_column("state\nbytes", size(cost.state_bytes), justify="right")
+    table.add_column("of them\nKV", size(cost.kv_bytes), justify="right")
+    for layer, row in zip(spec.layers, cost.layers, strict=True):
+        table.add_row(str(row.index), escape(layer.label), *_costs(row))
+    table.add_row("", "[dim]embedding, norm, head[/]", *_costs(cost.ends), end_section=True)
+    console.print(table)
+
+
+def _costs(cost: Cost) -> list[str]:
+    flops = (count(cost.train_flops_per_token), count(cost.decode_flops_per_token))
+    return [count(cost.parameters), *flops, size(cost.state_bytes), size(cost.kv_bytes)]
+
+
+def _described(config: MixerConfig) -> str:
+    """A mixer with all its flags, changed or not, then the words that differ from their defaults."""
+    from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
+
+    entry = entry_of(config)
+    flags = ",".join(f"{flag}={getattr(config, flag)}" for flag in GATE_FLAGS if flag in entry.flags)
+    changed = [
+        f"{name}={_said(getattr(config, name))}"
+        for name, word in entry.words.items()
+        if name not in ("d_model", *GATE_FLAGS) and (word.required or getattr(config, name) != word.default)
+    ]
+    return " ".join([f"{entry.name}[{flags}]" if flags else entry.name, *changed])
+
+
+def _said(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

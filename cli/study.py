@@ -1,0 +1,98 @@
+"""`hybridzoo study`: run a study, write its report, list what is shipped. May import everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybridzoo.cli import listing, names
+from hybridzoo.cli.output import FAILED, command, fail, print_json, stdout, working
+
+app = typer.Typer(no_args_is_help=True, help="Compare stacks: run a study, write its report, list what is shipped.")
+
+EPILOG = """[bold]Examples[/]
+
+hybridzoo study run quickstart
+
+hybridzoo study run quickstart --out runs/one-seed "seeds=[0]"
+
+hybridzoo study run my-study.yaml --processes 4
+
+A study that was stopped goes on when the same command is given again."""
+
+
+@app.command("run", epilog=EPILOG)
+@command
+def run_command(
+    study: names.StudyName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the study, such as seeds=[0].", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results. Default: runs/NAME.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", "-p", help="Trials at a time. Default: one a core, or one on a GPU.", min=0),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary of the run as data.")] = False,
+) -> None:
+    """Train every stack of a study, going on from what is already there, and write the report."""
+    with working("loading the study"):
+        from hybridzoo.studies import load_study, run_study, write_report
+        from hybridzoo.studies.display import format_seconds
+
+        loaded = load_study(study, overrides or [])
+    folder = out or Path("runs") / loaded.name
+    run = run_study(loaded, folder, processes=processes)
+    report = None
+    if run.finished + run.reused > len(run.failed):
+        with working("drawing the report"):
+            report = write_report(folder)
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "report": None if report is None else str(report),
+                "finished": run.finished,
+                "reused": run.reused,
+                "failed": dict(run.failed),
+                "excluded": dict(run.excluded),
+                "seconds": run.seconds,
+            }
+        )
+    else:
+        console = stdout()
+        reused = f", {run.reused} more were there already" if run.reused else ""
+        console.print(f"{run.finished} trials in {format_seconds(run.seconds)}{reused}")
+        if report is not None:
+            console.print(f"report: [bold]{report}[/]", soft_wrap=True)
+    if run.failed:
+        raise fail(
+            f"{len(run.failed)} trials failed, the first with: {run.failed[0][1]}\n"
+            "the report shows all of them; the same command tries them again",
+            FAILED,
+        )
+
+
+@app.command("report")
+@command
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a study's run.", show_default=False)],
+) -> None:
+    """Write the report of a run again, from the results that are there; also while it is still running."""
+    with working("drawing the report"):
+        from hybridzoo.studies import write_report
+
+        report = write_report(folder)
+    stdout().print(str(report), soft_wrap=True)
+
+
+@app.command("list")
+@command
+def list_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
+) -> None:
+    """List the shipped studies."""
+    listing.list_studies(as_json)

@@ -1,0 +1,197 @@
+"""`hybridzoo train`: the studies' trainer on one spec; leaves a folder for `generate`. May import everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hybridzoo.cli import names
+from hybridzoo.cli.output import command, fail, note, print_json, stderr, stdout, working
+from hybridzoo.cli.units import count
+
+if TYPE_CHECKING:
+    from hybridzoo.architectures import Spec
+    from hybridzoo.studies.tasks import StudyTask
+    from hybridzoo.training import Progress as Step
+    from hybridzoo.training import TrainConfig
+
+EPILOG = """[bold]Examples[/]
+
+hybridzoo train carve-hybrid-tiny --steps 200
+
+hybridzoo train carve-hybrid-tiny "layers=(c*7 a)" train.lr=3e-3 task.length=512
+
+hybridzoo train my-stack.yaml --task mqar task.pairs=16"""
+
+PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+def complete_task(incomplete: str) -> list[str]:
+    """Registered tasks; this one needs the tasks themselves."""
+    from hybridzoo.studies.tasks import list_tasks
+
+    return [name for name in list_tasks() if name.startswith(incomplete)]
+
+
+@command
+def train_command(
+    spec: names.SpecName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes to the spec; [bold]task.[/]KEY=VALUE to the task, [bold]train.[/]KEY=VALUE to the training.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="What to train on.", autocompletion=complete_task)
+    ] = "bytes",
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; train.steps. Default 1000.", min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a step; train.batch_size. Default 16.", min=1)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; train.lr. Default 0.001.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and batches; train.seed. Default 0.", min=0)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; train.device. Default: a GPU where there is one.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the result. Default: runs/SPEC-TASK.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in that folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as data.")] = False,
+) -> None:
+    """Train one spec on one task, and save its weights with the resolved spec."""
+    from hybridzoo.cli.runs import RECORD, is_run, require_safetensors, save_run
+
+    require_safetensors()
+    with working("loading torch and the spec"):
+        import torch
+
+        from hybridzoo.architectures import build_model
+        from hybridzoo.studies.tasks import build_task
+        from hybridzoo.training import train
+
+        sorted_words = _sort(overrides or [])
+        options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
+        config = _config(sorted_words["train"], options)
+        task_words = {"type": task, **sorted_words["task"]}
+        built = build_task(task_words, "task")
+        resolved = _spec(spec, sorted_words["spec"], built)
+    folder = out or Path("runs") / f"{resolved.name}-{task}"
+    if is_run(folder) and not overwrite:
+        raise fail(f"{folder} holds a trained model already; give another --out, or --overwrite")
+    config.resolve_device()
+    torch.manual_seed(config.seed)
+    with working("building the model"):
+        model = build_model(resolved)
+    parameters = sum(p.numel() for p in model.parameters())
+    note(f"{resolved.name}: {len(resolved.layers)} layers, {count(parameters)} parameters; {built.shown.about}")
+    started = time.perf_counter()
+    with _display(config.steps, built) as show:
+        history = train(model, built, config, show)
+    record = {
+        "spec": resolved.name,
+        "task": task_words,
+        "train": dataclasses.asdict(config),
+        "parameters": parameters,
+        "metrics": history.metrics,
+        "seconds": time.perf_counter() - started,
+        "history": history.to_dict(),
+    }
+    save_run(folder, model, resolved, record)
+    if as_json:
+        print_json({"folder": str(folder), **record})
+        return
+    console = stdout()
+    console.print(f"[bold green]{_score(built, history.metrics)}[/] on held-out data, in {record['seconds']:.0f} s")
+    console.print(f"weights, spec and record ({RECORD}) are in [bold]{folder}[/]", soft_wrap=True)
+    if resolved.vocab_size == 256 and task == "bytes":
+        console.print(f'next: [bold]hybridzoo generate {folder} --prompt "def "[/]', soft_wrap=True)
+
+
+def _sort(overrides: list[str]) -> dict[str, Any]:
+    """Tell overrides of the spec (kept as text) from those of the task and the training (parsed)."""
+    from hybridzoo.architectures.loader import parse_override
+    from hybridzoo.mixers.schema import SpecError
+
+    words: dict[str, Any] = {"spec": [], "task": {}, "train": {}}
+    for text in overrides:
+        place = text.partition(".")[0]
+        if place not in ("task", "train") or "=" in place:
+            words["spec"].append(text)
+            continue
+        path, value = parse_override(text)
+        if len(path) != 2:
+            raise SpecError(f"override '{text}': expected {place}.KEY=VALUE")
+        words[place][path[1]] = value
+    return words
+
+
+def _config(words: dict[str, Any], options: dict[str, Any]) -> TrainConfig:
+    from hybridzoo.mixers.schema import SpecError, convert
+    from hybridzoo.training import TrainConfig
+
+    for name, value in options.items():
+        if value is not None and name in words:
+            raise SpecError(f"train.{name}: given twice, here and as --{name.replace('_', '-')}")
+    given = {**words, **{name: value for name, value in options.items() if value is not None}}
+    config = convert(TrainConfig, given, "train")
+    if "eval_every" not in given:  # ten points of the curve, so that a stalled run is seen early
+        config = dataclasses.replace(config, eval_every=max(1, config.steps // 10))
+    if "log_every" not in given and config.resolve_device().type == "cpu":  # no device to wait for: show every step
+        config = dataclasses.replace(config, log_every=1)
+    return config
+
+
+def _spec(name: str, overrides: list[str], task: StudyTask) -> Spec:
+    """Load the spec; its vocabulary becomes the task's, unless the user set one."""
+    from hybridzoo.architectures import load_spec
+    from hybridzoo.mixers.schema import SpecError
+
+    spec = load_spec(name, overrides)
+    if any(text.partition("=")[0].strip() == "vocab_size" for text in overrides):
+        if spec.vocab_size < task.vocab_size:
+            raise SpecError(f"vocab_size: {spec.vocab_size} is below the task's {task.vocab_size}")
+        return spec
+    return dataclasses.replace(spec, vocab_size=task.vocab_size)
+
+
+def _score(task: StudyTask, metrics: dict[str, float]) -> str:
+    from hybridzoo.studies.display import format_score
+
+    return format_score(task.shown, metrics[task.metric])
+
+
+@contextmanager
+def _display(steps: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
+    """Yield what hears of every step: a bar on a terminal, a line now and then elsewhere."""
+    console = stderr()
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def line(step: Step) -> None:
+            nonlocal last
+            if step.step in (1, step.steps) or time.monotonic() - last > PLAIN_EVERY:
+                last = time.monotonic()
+                console.print(f"step {step.step}/{step.steps}: {_detail(task, step)}", soft_wrap=True)
+
+        yield line
+        return
+    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("training"), *columns, TextColumn("{task.fields[detail]}"), console=console) as bars:
+        bar = bars.add_task("", total=steps, detail="starting")
+        yield lambda step: bars.update(bar, completed=step.step, detail=_detail(task, step))
+
+
+def _detail(task: StudyTask, step: Step) -> str:
+    scored = f", {_score(task, step.metrics)}" if task.metric in step.metrics else ""
+    return f"loss {step.loss:.3f}{scored}, {count(step.tokens_per_second)} tokens/s"
