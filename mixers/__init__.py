@@ -2,6 +2,7 @@
 
 from hybridzoo.mixers.attention import Attention
 from hybridzoo.mixers.base import MixerConfig, TokenMixer
+from hybridzoo.mixers.mamba2 import Mamba2
 from hybridzoo.mixers.presets import (
     Carve,
     CarvePaper,
@@ -35,6 +36,7 @@ __all__ = [
     "GatedLinearAttention",
     "KimiDeltaAttention",
     "LinearAttention",
+    "Mamba2",
     "MixerConfig",
     "SpecError",
     "TokenMixer",

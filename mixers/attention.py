@@ -241,9 +241,9 @@ class Attention(TokenMixer):
             raise ValueError(f"attention: state holds {C} slots, more than the window of {c.window}")
 
     def state_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Cached keys and values, and the convolutions' tails."""
-        tails = sum(conv.channels * (conv.size - 1) for conv in self._convs)
-        return self.kv_bytes(context, dtype) + tails * dtype.itemsize
+        """Cached keys and values, the convolutions' tails, and the length."""
+        tails = sum(conv.channels * (conv.size - 1) for conv in self._convs) * dtype.itemsize
+        return self.kv_bytes(context, dtype) + tails + 4
 
     def kv_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """A key and a value of `H_kv D` each for the last `min(context, window)` tokens."""

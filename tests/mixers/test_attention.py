@@ -205,9 +205,8 @@ def test_costs_count_the_pairs_that_are_seen(window: int | None, context: int) -
     assert m.flops_per_token(context, decode=True) == fixed + 2 * 2 * 16 * min(context + 1, window or context + 1)
     state = m(inputs(1, context))[1]
     assert m.kv_bytes(context, torch.float64) == state.k.nbytes + state.v.nbytes
-    assert m.state_bytes(context, torch.float64) == m.kv_bytes(context, torch.float64) + sum(
-        c.nbytes for c in state.conv
-    )
+    leaves = torch.utils._pytree.tree_leaves(state)
+    assert m.state_bytes(context, torch.float64) == sum(leaf.nbytes for leaf in leaves)
 
 
 @pytest.mark.parametrize(
