@@ -74,7 +74,10 @@ def _forward_op(
     content = _content(down, up, chunk, dtype)
     carry = Carry(tiling.sort(S).flatten(0, 1), tiling.sort(o_sum), tiling.sort(o_mean))
     room = [x.v.new_empty(size) for size in _sizes(q, v, correct, count, chunk, save)]
-    o = chunkwise.forward(x, tiling, carry, content, stored, _saved(room, x, v) if save else None)
+    saved = _saved(room, x, v) if save else None
+    o = chunkwise.forward(x, tiling, carry, content, stored, saved)
+    if saved is not None:
+        _blank_rest(room, saved, tiling)
     S, o_sum, o_mean = (tiling.unsort(end) for end in (carry.S.view(S.shape), carry.o_sum, carry.o_mean))
     o = tiling.join(o.unflatten(0, (-1, v.shape[2])), v.dtype)
     return o, S, o_sum, o_mean, _new_count(count, cu_seqlens, T, chunk), *room  # type: ignore[return-value]
@@ -228,3 +231,10 @@ def _saved(room: list[Tensor], x: Operands, v: Tensor) -> Saved:
         inverse=inverse[: G * C * C if inverse.numel() else 0].view(-1, C, C),
         means=means.view(-1, HV, V),
     )
+
+
+def _blank_rest(room: list[Tensor], saved: Saved, tiling: Tiling) -> None:
+    """Zero what the bounds left over, so that equal calls return equal tensors."""
+    used = [part.numel() for part in saved[:3]] + [sum(map(len, tiling.closes)) * saved.means[0:1].numel()]
+    for buffer, size in zip(room, used, strict=True):
+        buffer[size:].zero_()

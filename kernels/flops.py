@@ -32,12 +32,12 @@ def gated_delta_rule_flops(
     return tokens * n_v_heads * per_token
 
 
-@register_flop_formula(torch.ops.hybridzoo.chunkwise_delta_rule)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.hybridzoo.chunkwise_delta_rule)
 def _forward(q: Any, k: Any, v: Any, *gates: Any, out_shape: Any = None, **options: Any) -> int:
     return _from_shapes(q, v, gates)
 
 
-@register_flop_formula(torch.ops.hybridzoo.chunkwise_delta_rule_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.hybridzoo.chunkwise_delta_rule_backward)
 def _backward(q: Any, k: Any, v: Any, *gates: Any, out_shape: Any = None, **options: Any) -> int:
     return 2 * _from_shapes(q, v, gates)
 

@@ -95,7 +95,7 @@ def _run(
             o_mean = torch.where(full, o_sum / content.chunk, o_mean)
             o_sum = torch.where(full, torch.zeros_like(o_sum), o_sum)
             count = count % content.chunk
-    o = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)
+    o = torch.stack(outputs, dim=1) if outputs else v
     return o, DeltaState(S, o_sum, o_mean, count)
 
 
