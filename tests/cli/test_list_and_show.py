@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+from hybridzoo.architectures import account, list_specs, load_spec
+from hybridzoo.mixers import list_mixers
+from hybridzoo.studies import list_studies
+
+SPECS = [name for name in list_specs() if name.endswith("tiny")]
+
+
+def test_every_mixer_is_listed_with_the_defaults_of_its_flags(run):
+    lines = {line.split()[0]: line.split() for line in run("list").stdout.splitlines() if line.split()}
+    for entry in list_mixers():
+        shown = lines[entry.name]
+        for flag, word in entry.flags.items():
+            if flag != "predict":
+                assert str(word.default) in shown
+
+
+def test_the_registry_as_data_says_all_there_is_to_know(run):
+    rows = {row["name"]: row for row in json.loads(run("list", "--json").stdout)}
+    for entry in list_mixers():
+        row = rows[entry.name]
+        assert (row["source"], row["summary"], row["stable"]) == (entry.source, entry.summary, entry.stable)
+        assert {name: word["choices"] for name, word in row["flags"].items()} == {
+            name: list(word.choices) for name, word in entry.flags.items()
+        }
+        assert set(row["words"]) == set(entry.words)
+
+
+@pytest.mark.parametrize("entry", list_mixers(), ids=lambda entry: entry.name)
+def test_one_mixer_is_shown_with_all_its_words(run, entry):
+    out = run("list", entry.name).stdout
+    assert entry.summary[:40] in out
+    for word in entry.words:
+        assert word in out
+
+
+def test_an_unknown_mixer_names_the_nearest(run):
+    result = run("list", "carev", ok=False)
+    assert result.exit_code == 2
+    assert "did you mean 'carve'?" in result.stderr
+    assert result.stdout == ""
+
+
+def test_specs_and_studies_are_listed(run):
+    rows = json.loads(run("list", "--specs", "--json").stdout)
+    assert [row["name"] for row in rows] == list_specs()
+    assert json.loads(run("list", "--studies", "--json").stdout) == list_studies()
+    assert json.loads(run("study", "list", "--json").stdout) == list_studies()
+
+
+def test_two_questions_at_once_are_refused(run):
+    assert run("list", "carve", "--specs", ok=False).exit_code == 2
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_stack_is_shown_layer_by_layer(run, name):
+    spec = load_spec(name)
+    lines = run("show", name).stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["layer", "mixers"])
+    rows = [line.split()[:2] for line in lines[head + 2 : head + 2 + len(spec.layers)]]
+    assert rows == [[str(i), layer.label] for i, layer in enumerate(spec.layers)]
+    assert f"({account(spec).parameters:,})" in "".join(lines)
+
+
+def test_every_flag_of_every_mixer_is_shown(run):
+    out = run("show", "carve-hybrid-tiny", "mixers.c.erase=token").stdout
+    assert "carve[decay=channel,erase=token,correct=tied,write=scalar,predict=stored]" in out
+
+
+def test_the_cost_as_data_is_the_account_at_that_context(run):
+    data = json.loads(run("show", "carve-hybrid-tiny", "layers=(c*7 a)", "--context", "1000", "--json").stdout)
+    cost = account(load_spec("carve-hybrid-tiny", ["layers=(c*7 a)"]), context=1000)
+    assert data["account"]["kv_bytes"] == cost.kv_bytes > 0
+    assert data["account"]["context"] == 1000
+    assert len(data["account"]["layers"]) == 8
+    assert data["spec"]["layers"] == "(c*7 a)"
+
+
+def test_a_file_of_ones_own_is_shown(run, tiny):
+    assert "mine: 2 layers" in run("show", "mine.yaml").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["carve-hybrid-tyny"], "did you mean 'carve-hybrid-tiny'?"),
+        (["carve-hybrid-tiny", "mixers.c.erase=tokn"], "did you mean 'token'?"),
+        (["carve-hybrid-tiny", "layers=(c a"], "never closed"),
+        (["nowhere.yaml"], "nowhere.yaml"),
+        (["carve-hybrid-tiny", "--context", "0"], "--context"),
+    ],
+)
+def test_a_mistake_is_an_error_that_says_what_was_meant(run, words, said):
+    result = run("show", *words, ok=False)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stdout == ""
