@@ -65,10 +65,11 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(d_model, width, bias=False)
         self.down_proj = nn.Linear(width, d_model, bias=False)
 
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw every matrix from a normal of the given standard deviation, as GPT-2 and Llama do."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=std)
+    def reset_parameters(self) -> None:
+        """Draw every matrix as `nn.Linear` does, uniformly within `1/sqrt(fan-in)`."""
+        for linear in self.children():
+            assert isinstance(linear, nn.Linear)
+            linear.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)

@@ -1,0 +1,200 @@
+"""From a name or a path, and overrides, to a `Spec`: finds files, follows `base`, merges, and says where errors stand.
+
+Each file is plain data (plain_yaml.py). A file with `base: other` is laid over that file, mapping by mapping, and
+overrides are one more file on top; a `type` that differs replaces a mixer's whole entry, since words of one mixer mean
+nothing to another. Interpolation and checking come last, on the merged data.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridzoo.architectures.interpolation import interpolate
+from hybridzoo.architectures.plain_yaml import read_file, read_yaml
+from hybridzoo.architectures.spec import Spec, long_forms, resolve
+from hybridzoo.mixers.schema import SpecError, nearest
+
+_SUFFIXES = (".yaml", ".yml")
+_KEY = re.compile(r"[A-Za-z_][\w-]*")
+
+
+def list_specs() -> list[str]:
+    """Return the names of the specs that are shipped, sorted."""
+    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
+
+
+def spec_path(name: str, where: str = "") -> Path:
+    """Return the file of a shipped spec. Raises `SpecError` that lists them, with the nearest, for another name."""
+    path = _shipped_folder() / f"{name}.yaml"
+    if name not in list_specs():
+        prefix = f"{where}: " if where else ""
+        raise SpecError(
+            f"{prefix}no spec '{name}'{nearest(name, list_specs())}; shipped: {', '.join(list_specs())}; "
+            "a file of your own is a path that ends in .yaml"
+        )
+    return path
+
+
+def load_spec(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Spec:
+    """Load a shipped spec by name, or a file by a path that ends in .yaml, and lay overrides over it.
+
+    An override is `key=value` with a dotted key, its value read as YAML: `d_model=128`, `mixers.c.erase=token`,
+    `layers=(c*3 a)*2`, `ffn.width=null`. Their order does not matter, but of two for one key the later wins.
+
+    Raises: `SpecError` that names the file (or override), the key, what was given and the nearest valid choice. Loading
+    never runs code, and refuses files that would expand without bound.
+    """
+    return _resolved(_chain(*_find(os.fspath(name_or_path)), opened=[]), overrides)
+
+
+def spec_from(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "spec", folder: Path = Path()
+) -> Spec:
+    """Resolve a spec that is written inside another file, such as a study, as `load_spec` does one of its own.
+
+    `where` is what errors call it, `folder` where the paths of its `base` start.
+    """
+    return _resolved(_based(dict(data), folder / "spec.yaml", where, opened=[]), overrides)
+
+
+def _resolved(files: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> Spec:
+    merged = _Merged()
+    for where, data in files:
+        merged.lay({key: value for key, value in data.items() if key != "name"}, where)
+    where, data = files[-1]
+    merged.lay({"name": data.get("name", Path(where).stem)}, where)
+    merged.override(overrides)
+    try:
+        return resolve(interpolate(merged.data))
+    except SpecError as error:
+        raise SpecError(f"{merged.origin_of(str(error), where)}: {error}") from None
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """Split `a.b=value` into its path and its value, read as YAML. Raises `SpecError` for anything else."""
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    where = f"override '{_short(text)}'"
+    if not equals or not all(_KEY.fullmatch(part) for part in path):
+        raise SpecError(f"{where}: expected key=value with a dotted key, as in mixers.c.erase=token")
+    if not value.strip():
+        raise SpecError(f"{where}: no value; to unset a key give null")
+    return path, read_yaml(value, where)
+
+
+def _shipped_folder() -> Path:
+    return Path(str(importlib.resources.files("hybridzoo"))) / "yaml" / "architectures"
+
+
+def _find(given: str) -> tuple[Path, str]:
+    """Return the file that a user's name or path means, and what errors call it."""
+    if given.endswith(_SUFFIXES):
+        if not Path(given).exists():
+            stem = Path(given).stem
+            raise SpecError(f"{given}: no such file{nearest(stem, list_specs())}; shipped: {', '.join(list_specs())}")
+        return Path(given), given
+    if os.sep in given:
+        raise SpecError(f"{given}: the path of a spec ends in .yaml")
+    path = spec_path(given)
+    return path, path.name
+
+
+def _chain(path: Path, where: str, opened: list[Path]) -> list[tuple[str, dict[str, Any]]]:
+    """Read a file and the files it is based on, the most basic first."""
+    if path.resolve() in opened:
+        names = " -> ".join(file.name for file in [*opened, path.resolve()])
+        raise SpecError(f"{where}: base: a spec cannot be based on itself: {names}")
+    return _based(read_file(path, where), path, where, opened)
+
+
+def _based(data: dict[str, Any], path: Path, where: str, opened: list[Path]) -> list[tuple[str, dict[str, Any]]]:
+    base = data.pop("base", None)
+    if base is None:
+        return [(where, data)]
+    if not isinstance(base, str):
+        raise SpecError(f"{where}: base: expected the name of a shipped spec or a path, got {base!r}")
+    if not base.endswith(_SUFFIXES):
+        base_path = spec_path(base, f"{where}: base")
+        base_where = base_path.name
+    else:
+        base_path = path.parent / base
+        base_where = os.path.relpath(base_path)
+        if not base_path.exists():
+            raise SpecError(f"{where}: base: no such file '{base}' beside {path.name}")
+    return [*_chain(base_path, base_where, [*opened, path.resolve()]), (where, data)]
+
+
+class _Merged:
+    """Files and overrides laid over one another, and for every key the one that gave it last."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+
+    def lay(self, layer: Mapping[str, Any], where: str) -> None:
+        layer = long_forms(layer)
+        entries, old_entries = layer.get("mixers"), self.data.get("mixers")
+        if isinstance(entries, Mapping) and isinstance(old_entries, Mapping):
+            replaced = [name for name, entry in entries.items() if _changes_type(old_entries.get(name), entry)]
+            self.data["mixers"] = {name: entry for name, entry in old_entries.items() if name not in replaced}
+        self.data = _overlay(self.data, layer)
+        self.origins.update(dict.fromkeys(_paths(layer), where))
+
+    def override(self, overrides: Iterable[str]) -> None:
+        if isinstance(overrides, str):
+            raise SpecError(f"overrides: expected a list of 'key=value', got the text '{overrides}'")
+        layer: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for text in overrides:
+            path, value = parse_override(text)
+            if path[0] == "base":
+                raise SpecError(f"override '{_short(text)}': base is part of a file; load that spec instead")
+            for name in reversed(path):
+                value = {name: value}
+            layer = _overlay(layer, long_forms(value))
+            origins.update(dict.fromkeys(_paths(value), f"override '{_short(text)}'"))
+        self.lay(layer, "overrides")
+        self.origins.update(origins)
+
+    def origin_of(self, message: str, file: str) -> str:
+        """Return what gave the key that an error message starts with: a file or an override.
+
+        Messages start with the key they are about, and an unknown key is quoted next (mixers/schema.py).
+        """
+        key = message.partition(": ")[0]
+        extra = re.match(r"(?:[^:]*: )?unknown (?:key|word) '([^']*)'", message)
+        if extra:
+            key = f"{key}.{extra[1]}" if not message.startswith("unknown") else extra[1]
+        while key and key not in self.origins:
+            key = key.rpartition(".")[0]
+        return self.origins.get(key, file)
+
+
+def _changes_type(old: Any, new: Any) -> bool:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return False
+    return "type" in new and new["type"] != old.get("type", new["type"])
+
+
+def _overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _paths(data: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in data.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

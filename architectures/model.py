@@ -1,0 +1,213 @@
+"""The language model of a spec: embedding, blocks, norm, head, and the loss. May import blocks; generate.py samples.
+
+Shapes: B batch, T time, V vocabulary, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridzoo.architectures.generate import generate
+from hybridzoo.architectures.spec import Spec
+from hybridzoo.blocks.residual import Block, BlockState
+from hybridzoo.kernels.packing import check_packing
+from hybridzoo.mixers.parts import RMSNorm
+
+ModelState = tuple[BlockState, ...]  # one a layer
+
+IGNORED = -100  # the label that no loss is taken of, as in torch's cross_entropy
+
+
+class ModelOutput(NamedTuple):
+    """`loss` is a float32 scalar, or None without labels; `logits [B, T, V]` in the model's dtype."""
+
+    loss: Tensor | None
+    logits: Tensor
+    state: ModelState
+
+
+def build_model(spec: Spec, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HybridLM:
+    """Build and initialise the model of a spec.
+
+    The modules are made on the meta device, so that nothing is allocated or drawn twice; `device="meta"` stops there
+    (`model.to_empty(device=...)` and `model.reset_parameters()` go on). Initial values are drawn in float32 from
+    torch's global generator. With `dtype`, parameters are cast, except that those of `Gates` submodules stay in float32
+    at least: decays lose their meaning in bfloat16.
+    """
+    with torch.device("meta"):
+        model = HybridLM(spec)
+    target = torch.get_default_device() if device is None else torch.device(device)
+    if target.type != "meta":
+        model.to_empty(device=target)
+        model.reset_parameters()
+    if dtype is not None:
+        cast(model, dtype)
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating-point parameters and buffers in place; `Gates` submodules keep float32 or better."""
+
+    def visit(module: nn.Module, kind: torch.dtype) -> None:
+        if type(module).__name__ == "Gates":
+            kind = torch.promote_types(dtype, torch.float32)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(kind)
+        for child in module.children():
+            visit(child, kind)
+
+    visit(model, dtype)
+
+
+class HybridLM(nn.Module):
+    """The causal language model of a `Spec`. `model(ids, labels=ids)` gives `loss, logits, state`.
+
+    A state holds all that is needed to go on: `model(more, state=out.state)` equals one call on everything. Several
+    sequences, packed in one row with `cu_seqlens`, equal them one by one.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.blocks = nn.ModuleList(
+            Block([config for _, config in layer.mixers], layer.ffn, spec.norm_eps) for layer in spec.layers
+        )
+        self.norm = RMSNorm(spec.d_model, spec.norm_eps)
+        # Tied embeddings have no head of their own: one parameter under one name, which no cast or move can part.
+        self.head = None if spec.tie_embeddings else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+        if not self.embedding.weight.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters as Mamba-2's training code does (state-spaces/mamba, after GPT-2).
+
+        Embeddings and head are normal with the spec's `init.std`; every mixer draws itself as its source prescribes,
+        projections as `nn.Linear` draws them (at d_model 768 their deviation is GPT-2's 0.02). With
+        `init.residual_scale`, what is added to the residual stream is divided by the root of the number of additions,
+        `1/sqrt(2 n_layers)` where every layer has an FFN.
+        """
+        init = self.spec.init
+        nn.init.normal_(self.embedding.weight, std=init.std)
+        additions = sum(1 if layer.ffn is None else 2 for layer in self.spec.layers)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.reset_parameters(additions**-0.5 if init.residual_scale else 1.0)
+        self.norm.reset_parameters()
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=init.std)
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> ModelOutput:
+        """Run `ids [B, T]` (int32 or int64), going on from `state`; `cu_seqlens [N+1]` packs N sequences in one row.
+
+        labels: `[B, T]`, usually the ids themselves: position t is asked for label t+1, within its own sequence. Labels
+            of -100 are ignored. The loss is the mean over the labels that count, and 0 where none does.
+
+        Raises: `TypeError` for ids or labels that are not integers, `ValueError` for wrong shapes, ids out of range
+        (where they lie in host memory), sequences over `max_context`, and a state of another model.
+        """
+        hidden, new_state = self.hidden(ids, state, cu_seqlens)
+        logits = self.logits(hidden)
+        loss = None if labels is None else self._loss(logits, labels, cu_seqlens)
+        return ModelOutput(loss, logits, new_state)
+
+    def hidden(
+        self, ids: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Return what the head reads, `[B, T, d_model]`, and the new state; arguments as in `forward`."""
+        self._check_ids(ids)
+        self._check_lengths(ids, cu_seqlens)
+        states = (None,) * len(self.blocks) if state is None else state
+        if len(states) != len(self.blocks):
+            raise ValueError(f"state: expected one for each of {len(self.blocks)} layers, got {len(states)}")
+        x = self.embedding(ids)
+        new_states = []
+        for block, each in zip(self.blocks, states, strict=True):
+            x, new = block(x, each, cu_seqlens)
+            new_states.append(new)
+        return self.norm(x), tuple(new_states)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., V]` of `hidden [..., d_model]`."""
+        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+
+    def init_state(self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> ModelState:
+        """Return the state of `n` sequences before their first token."""
+        return tuple(block.init_state(n, device, dtype) for block in self.blocks if isinstance(block, Block))
+
+    def generate(
+        self,
+        ids: Tensor | Sequence[Tensor | Sequence[int]],
+        max_new_tokens: int = 32,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Return prompts with their continuations; see `hybridzoo.architectures.generate.generate`."""
+        return generate(
+            self,
+            ids,
+            max_new_tokens,
+            lengths=lengths,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos=eos,
+            seed=seed,
+        )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"ids must be [B, T] with at least one token, got {list(ids.shape)}")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = ids.min().item(), ids.max().item()
+            if low < 0 or high >= self.spec.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"ids must lie in 0 to {self.spec.vocab_size - 1} (vocab_size - 1), got {bad}")
+
+    def _check_lengths(self, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+        if cu_seqlens is not None:
+            check_packing(cu_seqlens, *ids.shape)
+        limit = self.spec.max_context
+        if limit is None:
+            return
+        longest = ids.shape[1]
+        if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            longest = int(cu_seqlens.diff().max())
+        elif cu_seqlens is not None:
+            return  # reading the boundaries would wait for the device
+        if longest > limit:
+            raise ValueError(f"a sequence of {longest} tokens is longer than the spec's max_context {limit}")
+
+    def _loss(self, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(f"labels must have the shape of ids {list(logits.shape[:2])}, got {list(labels.shape)}")
+        # Position t is asked for label t+1; the last of a row, and of a packed sequence, for none.
+        targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
+        if cu_seqlens is not None:
+            starts = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
+            starts = starts.index_fill(0, cu_seqlens.long(), True)
+            targets = targets.masked_fill(starts[1:], IGNORED)
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (targets != IGNORED).sum().clamp(min=1)

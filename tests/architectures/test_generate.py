@@ -1,0 +1,159 @@
+"""Generation: the tokens of recomputing everything, whatever the company, and clear refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridzoo.architectures import HybridLM, Spec, build_model, load_spec
+
+
+@pytest.fixture(scope="module")
+def model() -> HybridLM:
+    torch.manual_seed(0)
+    data = {
+        "name": "small",
+        "d_model": 16,
+        "vocab_size": 11,
+        "mixers": {
+            "a": {"type": "attention", "n_heads": 2, "window": 4},
+            "k": {"type": "kda", "n_heads": 2, "head_dim": 8},
+        },
+        "layers": "k a",
+        "init": {"std": 0.5},  # far enough from uniform that the likeliest token is not always the last one
+        "max_context": 64,
+    }
+    return build_model(Spec.from_dict(data), dtype=torch.float64)
+
+
+def recomputed(model: HybridLM, prompt: Tensor, steps: int) -> Tensor:
+    ids = prompt
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids[None]).logits[0, -1:].argmax(-1)])
+    return ids
+
+
+@torch.no_grad()
+def test_greedy_tokens_of_several_prompts_are_those_of_recomputing_each(tiny_spec: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(load_spec(tiny_spec, ["init.std=0.2"]), dtype=torch.float64)
+    prompts = [torch.randint(256, (n,)) for n in (1, 3, 70, 12)]
+    for row, prompt in zip(model.generate(prompts, 5), prompts, strict=True):
+        assert row.tolist() == recomputed(model, prompt, 5).tolist()
+
+
+def test_lists_tensors_and_padded_ids_mean_the_same(model: HybridLM) -> None:
+    rows = model.generate([[1, 2, 3], [4]], 6)
+    padded = torch.tensor([[1, 2, 3], [4, 9, 9]])
+    for other in (
+        model.generate([torch.tensor([1, 2, 3]), torch.tensor([4], dtype=torch.uint8)], 6),
+        model.generate(padded, 6, lengths=[3, 1]),
+        model.generate(padded, 6, lengths=torch.tensor([3, 1])),
+    ):
+        assert [row.tolist() for row in other] == [row.tolist() for row in rows]
+
+
+def test_a_tensor_of_prompts_gives_a_tensor(model: HybridLM) -> None:
+    ids = torch.tensor([[1, 2], [3, 4]])
+    out = model.generate(ids, 3)
+    assert isinstance(out, Tensor)
+    assert out.shape == (2, 5)
+    assert torch.equal(out[:, :2], ids)
+
+
+def test_no_new_tokens_gives_the_prompts_back(model: HybridLM) -> None:
+    assert [row.tolist() for row in model.generate([[1, 2], [3]], 0)] == [[1, 2], [3]]
+
+
+def test_eos_ends_each_row_by_itself_and_stays_in_it(model: HybridLM) -> None:
+    free = model.generate([[1], [2, 5], [7]], 8)
+    eos = int(free[0][3])
+    ended = model.generate([[1], [2, 5], [7]], 8, eos=eos)
+    for long, short, size in zip(free, ended, (1, 2, 1), strict=True):
+        new = long[size:].tolist()
+        kept = new[: new.index(eos) + 1] if eos in new else new
+        assert short[size:].tolist() == kept
+    filled = model.generate(torch.tensor([[1], [7]]), 8, eos=eos)
+    first = filled[0].tolist()
+    assert set(first[first.index(eos, 1) :]) == {eos}
+
+
+def test_a_seed_repeats_a_draw_and_leaves_the_global_generator_alone(model: HybridLM) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = model.generate(torch.tensor([[1]]), 20, temperature=1.0, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, model.generate(torch.tensor([[1]]), 20, temperature=1.0, seed=3))
+    assert not torch.equal(first, model.generate(torch.tensor([[1]]), 20, temperature=1.0, seed=4))
+
+
+def drawn(model: HybridLM, **words: Any) -> set[int]:
+    prompts = torch.tensor([[1, 2]]).expand(3000, 2)
+    return set(model.generate(prompts, 1, seed=0, **words)[:, -1].tolist())
+
+
+def test_top_k_top_p_and_temperature_draw_from_the_tokens_they_say(model: HybridLM) -> None:
+    with torch.no_grad():
+        probability = model(torch.tensor([[1, 2]])).logits[0, -1].softmax(-1)
+    ranked = probability.argsort(descending=True).tolist()
+    assert drawn(model, temperature=1.0, top_k=3) == set(ranked[:3])
+    assert drawn(model, temperature=1.0, top_k=1) == {ranked[0]}
+    cumulative = probability[ranked].cumsum(0)
+    held = float((cumulative[1] + cumulative[2]) / 2)  # needs the third to be reached
+    assert drawn(model, temperature=1.0, top_p=held) == set(ranked[:3])
+    assert drawn(model, temperature=1.0, top_p=1e-9) == {ranked[0]}
+    assert drawn(model, temperature=1e-4) == {ranked[0]}
+    assert drawn(model, temperature=5.0) == set(range(11))
+
+
+def test_draws_follow_the_softmax(model: HybridLM) -> None:
+    prompts = torch.tensor([[1, 2]]).expand(20_000, 2)
+    counts = torch.bincount(model.generate(prompts, 1, temperature=2.0, seed=0)[:, -1], minlength=11)
+    with torch.no_grad():
+        expected = (model(torch.tensor([[1, 2]])).logits[0, -1] / 2).softmax(-1)
+    torch.testing.assert_close(counts / 20_000, expected.float(), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words", "error", "says"),
+    [
+        ([], {}, ValueError, "no prompts"),
+        ([[1], []], {}, ValueError, "prompt 1 is empty"),
+        (torch.zeros(2, 0, dtype=torch.int64), {}, ValueError, "prompt 0 is empty"),
+        ([[1, 11]], {}, ValueError, r"prompt 0: ids must lie in 0 to 10 \(vocab_size - 1\), got 11"),
+        ([[1], [-1]], {}, ValueError, "prompt 1: ids must lie in 0 to 10"),
+        ([[1.5]], {}, TypeError, "prompt 0: ids must be integers, got torch.float32"),
+        ([["a"]], {}, TypeError, r"prompt 0: expected integers, got \['a'\]"),
+        (["abc"], {}, TypeError, "prompt 0: expected integers, got 'abc'"),
+        ([3, 4], {}, TypeError, "prompt 0: expected integers, got 3"),
+        ([[True]], {}, TypeError, "prompt 0: ids must be integers, got torch.bool"),
+        (torch.zeros(1, 2), {}, TypeError, "ids must be integers, got torch.float32"),
+        (
+            torch.tensor([1, 2]),
+            {},
+            ValueError,
+            r"ids must be \[N, T\], or a list of one-dimensional prompts, got \[2\]",
+        ),
+        ([torch.tensor([[1]])], {}, ValueError, r"prompt 0: expected one dimension, got \[1, 1\]"),
+        ([[1]], {"lengths": [1]}, ValueError, "a list of prompts has its own"),
+        (torch.tensor([[1, 2]]), {"lengths": [3]}, ValueError, "prompt 0 has 2 tokens with padding, got length 3"),
+        (torch.tensor([[1, 2]]), {"lengths": [0]}, ValueError, "prompt 0 is empty"),
+        (torch.tensor([[1, 2]]), {"lengths": [1, 1]}, ValueError, "expected one for each of 1 prompts, got 2"),
+        ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 0"),
+        ([[1]], {"max_new_tokens": 64}, ValueError, "65 tokens are more than max_context 64"),
+        ([[1]], {"temperature": -1.0}, ValueError, "temperature must be 0"),
+        ([[1]], {"temperature": float("nan")}, ValueError, "temperature must be 0"),
+        ([[1]], {"temperature": 1.0, "top_k": 0}, ValueError, "top_k must be at least 1"),
+        ([[1]], {"temperature": 1.0, "top_p": 0.0}, ValueError, "top_p must be above 0 and at most 1"),
+        ([[1]], {"top_p": 0.5}, ValueError, "give a temperature above 0"),
+        ([[1]], {"eos": 11}, ValueError, "eos must lie in 0 to 10"),
+    ],
+)
+def test_bad_prompts_and_words_are_refused(
+    model: HybridLM, ids: Any, words: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        model.generate(ids, **words)
