@@ -24,6 +24,7 @@ from hybridzoo.mixers.registry import (
     register_mixer,
 )
 from hybridzoo.mixers.schema import SpecError
+from hybridzoo.mixers.weights import import_weights
 
 __all__ = [
     "Attention",
@@ -43,6 +44,7 @@ __all__ = [
     "Word",
     "build_mixer",
     "get_entry",
+    "import_weights",
     "list_mixers",
     "mixer_config",
     "parse_mixer",
