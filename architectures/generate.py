@@ -9,7 +9,7 @@ Shapes: N prompts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ def generate(
     top_p: float | None = None,
     eos: int | None = None,
     seed: int | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
 ) -> Tensor | list[Tensor]:
     """Return each prompt with up to `max_new_tokens` tokens after it.
 
@@ -41,6 +42,8 @@ def generate(
         `top_k` likeliest, and of those of the fewest likeliest that hold `top_p` of the probability.
     eos: a token that ends its prompt's continuation, itself included.
     seed: makes the draw repeatable; None draws from torch's global generator.
+    on_tokens: is called with the new tokens `[N]` of each step, as soon as they are chosen, to show or to stop (by
+        raising). A prompt that has ended repeats its `eos`.
 
     Returns: for `[N, T]` without lengths a tensor `[N, T + n]`, in which rows that ended early are filled with `eos`;
     otherwise a list of N one-dimensional tensors, each ending where it ended.
@@ -57,14 +60,19 @@ def generate(
             f"prompt and continuation of {longest} tokens are more than max_context {model.spec.max_context}"
         )
     pick = _Picker(temperature, top_k, top_p, seed, device)
-    rows = _continue(model, prompts, max_new_tokens, pick, eos) if max_new_tokens else prompts
+    rows = _continue(model, prompts, max_new_tokens, pick, eos, on_tokens) if max_new_tokens else prompts
     if isinstance(ids, Tensor) and lengths is None:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if eos is None else eos)
     return rows
 
 
 def _continue(
-    model: HybridLM, prompts: list[Tensor], max_new_tokens: int, pick: _Picker, eos: int | None
+    model: HybridLM,
+    prompts: list[Tensor],
+    max_new_tokens: int,
+    pick: _Picker,
+    eos: int | None,
+    on_tokens: Callable[[Tensor], None] | None,
 ) -> list[Tensor]:
     sizes = torch.tensor([0, *(len(prompt) for prompt in prompts)])
     boundaries = sizes.cumsum(0).to(dtype=torch.int32, device=prompts[0].device)
@@ -78,6 +86,8 @@ def _continue(
             tokens = tokens.masked_fill(ended, eos)
             ended |= tokens == eos
         steps.append(tokens)
+        if on_tokens is not None:
+            on_tokens(tokens)
         if len(steps) == max_new_tokens or (eos is not None and bool(ended.all())):
             break
         hidden, state = model.hidden(tokens[:, None], state)

@@ -5,7 +5,7 @@ Shapes: B batch, T time, V vocabulary, N packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,6 +159,7 @@ class HybridLM(nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         seed: int | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ) -> Tensor | list[Tensor]:
         """Return prompts with their continuations; see `hybridzoo.architectures.generate.generate`."""
         return generate(
@@ -171,6 +172,7 @@ class HybridLM(nn.Module):
             top_p=top_p,
             eos=eos,
             seed=seed,
+            on_tokens=on_tokens,
         )
 
     def _check_ids(self, ids: Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures import HybridLM, Spec, build_model, load_spec
+from hybridzoo.architectures import HybridLM, Spec, build_model
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def model() -> HybridLM:
             "k": {"type": "kda", "n_heads": 2, "head_dim": 8},
         },
         "layers": "k a",
-        "init": {"std": 0.5},  # far enough from uniform that the likeliest token is not always the last one
+        "init": {"std": 0.5},  # far from uniform
+        "tie_embeddings": False,  # tied, an untrained model says its last token again
         "max_context": 64,
     }
     return build_model(Spec.from_dict(data), dtype=torch.float64)
@@ -37,12 +39,15 @@ def recomputed(model: HybridLM, prompt: Tensor, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_greedy_tokens_of_several_prompts_are_those_of_recomputing_each(tiny_spec: str) -> None:
-    torch.manual_seed(0)
-    model = build_model(load_spec(tiny_spec, ["init.std=0.2"]), dtype=torch.float64)
-    prompts = [torch.randint(256, (n,)) for n in (1, 3, 70, 12)]
-    for row, prompt in zip(model.generate(prompts, 5), prompts, strict=True):
-        assert row.tolist() == recomputed(model, prompt, 5).tolist()
+def test_greedy_tokens_of_several_prompts_are_those_of_recomputing_each(
+    tiny_spec: str, shallow: Callable[..., HybridLM]
+) -> None:
+    model = shallow(tiny_spec, ["init.std=0.2", "tie_embeddings=false"])
+    prompts = [torch.randint(256, (n,)) for n in (1, 3, 62, 130)]
+    rows = model.generate(prompts, 6)
+    assert len({tuple(row[-6:].tolist()) for row in rows}) == 4
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert row.tolist() == recomputed(model, prompt, 6).tolist()
 
 
 def test_lists_tensors_and_padded_ids_mean_the_same(model: HybridLM) -> None:
@@ -88,6 +93,30 @@ def test_a_seed_repeats_a_draw_and_leaves_the_global_generator_alone(model: Hybr
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, model.generate(torch.tensor([[1]]), 20, temperature=1.0, seed=3))
     assert not torch.equal(first, model.generate(torch.tensor([[1]]), 20, temperature=1.0, seed=4))
+
+
+def test_each_step_s_tokens_are_handed_out_as_soon_as_they_are_chosen(model: HybridLM) -> None:
+    steps: list[Tensor] = []
+    ids = torch.tensor([[1, 2], [3, 4]])
+    out = model.generate(ids, 5, temperature=1.0, seed=0, on_tokens=steps.append)
+    assert torch.equal(torch.stack(steps, 1), out[:, 2:])
+
+    def stop(tokens: Tensor) -> None:
+        raise KeyboardInterrupt  # a reader may leave in the middle
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, 5, on_tokens=stop)
+
+
+def test_a_row_that_has_ended_hands_out_its_eos(model: HybridLM) -> None:
+    eos = int(model.generate([[1], [7]], 8)[0][3])
+    steps: list[Tensor] = []
+    rows = model.generate([[1], [7]], 8, eos=eos, on_tokens=steps.append)
+    handed = torch.stack(steps, 1)
+    assert handed.shape[1] > len(rows[0]) - 1  # the other row went on
+    for row, prompt_and_new in zip(handed.tolist(), rows, strict=True):
+        new = prompt_and_new[1:].tolist()
+        assert row == new + [eos] * (len(row) - len(new))
 
 
 def drawn(model: HybridLM, **words: Any) -> set[int]:

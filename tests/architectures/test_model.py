@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from hybridzoo.architectures import HybridLM, Spec, build_model, load_spec
 from hybridzoo.blocks.ffn import FeedForward
+
+Shallow = Callable[..., HybridLM]
 
 
 def small_spec(**changes: object) -> Spec:
@@ -30,11 +34,6 @@ def random_ids(vocab_size: int, *shape: int) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> HybridLM:
-    torch.manual_seed(0)
-    return build_model(load_spec(name), dtype=dtype)
-
-
 def test_the_loss_asks_each_position_for_the_next_label() -> None:
     model, ids = small_model(), random_ids(11, 2, 7)
     labels = ids.clone()
@@ -51,8 +50,8 @@ def test_the_loss_is_zero_where_no_label_counts() -> None:
     assert model(ids[:, :1], labels=ids[:, :1]).loss == 0
 
 
-def test_packed_sequences_have_the_logits_states_and_mean_loss_of_each_alone(tiny_spec: str) -> None:
-    model = tiny_model(tiny_spec)
+def test_packed_sequences_have_the_logits_states_and_mean_loss_of_each_alone(tiny_spec: str, shallow: Shallow) -> None:
+    model = shallow(tiny_spec)
     parts = [random_ids(model.spec.vocab_size, 1, n) for n in (5, 1, 70, 2)]
     bounds = torch.tensor([0, 5, 6, 76, 78], dtype=torch.int32)
     packed = model(torch.cat(parts, 1), labels=torch.cat(parts, 1), cu_seqlens=bounds)
@@ -73,8 +72,8 @@ def test_an_empty_packed_sequence_changes_nothing() -> None:
     torch.testing.assert_close((gaps.loss, gaps.logits), (plain.loss, plain.logits))
 
 
-def test_a_split_sequence_goes_on_from_its_state(tiny_spec: str) -> None:
-    model = tiny_model(tiny_spec)
+def test_a_split_sequence_goes_on_from_its_state(tiny_spec: str, shallow: Shallow) -> None:
+    model = shallow(tiny_spec)
     ids = random_ids(model.spec.vocab_size, 2, 70)
     whole = model(ids).logits
     state, outputs = None, []
@@ -87,8 +86,8 @@ def test_a_split_sequence_goes_on_from_its_state(tiny_spec: str) -> None:
     torch.testing.assert_close(fresh, whole, rtol=1e-8, atol=1e-10)
 
 
-def test_a_changed_suffix_leaves_earlier_logits_alone(tiny_spec: str) -> None:
-    model = tiny_model(tiny_spec)
+def test_a_changed_suffix_leaves_earlier_logits_alone(tiny_spec: str, shallow: Shallow) -> None:
+    model = shallow(tiny_spec)
     ids = random_ids(model.spec.vocab_size, 1, 40)
     changed = ids.clone()
     changed[:, 23:] = (changed[:, 23:] + 1) % model.spec.vocab_size
@@ -97,16 +96,16 @@ def test_a_changed_suffix_leaves_earlier_logits_alone(tiny_spec: str) -> None:
     assert not torch.allclose(after[:, 23:], before[:, 23:])
 
 
-def test_every_parameter_of_a_tiny_spec_gets_a_gradient(tiny_spec: str) -> None:
-    model = tiny_model(tiny_spec, torch.float32)
+def test_every_parameter_of_a_tiny_spec_gets_a_gradient(tiny_spec: str, shallow: Shallow) -> None:
+    model = shallow(tiny_spec, dtype=torch.float32)
     ids = random_ids(model.spec.vocab_size, 2, 130)
     model(ids, labels=ids).loss.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert missing == []
 
 
-def test_every_tiny_spec_compiles_whole_with_equal_loss_and_gradients(tiny_spec: str) -> None:
-    model = tiny_model(tiny_spec, torch.float32)
+def test_every_tiny_spec_compiles_whole_with_equal_loss_and_gradients(tiny_spec: str, shallow: Shallow) -> None:
+    model = shallow(tiny_spec, dtype=torch.float32)
     ids = random_ids(model.spec.vocab_size, 1, 66)
     eager = model(ids, labels=ids).loss
     expected = torch.autograd.grad(eager, list(model.parameters()))
@@ -162,8 +161,8 @@ def test_the_embedding_s_deviation_is_the_spec_s() -> None:
     assert small_model(init={"std": 0.5}, vocab_size=999).embedding.weight.std().item() == pytest.approx(0.5, rel=0.05)
 
 
-def test_bfloat16_leaves_gates_in_float32(tiny_spec: str) -> None:
-    model = tiny_model(tiny_spec, torch.bfloat16)
+def test_bfloat16_leaves_gates_in_float32(tiny_spec: str, shallow: Shallow) -> None:
+    model = shallow(tiny_spec, dtype=torch.bfloat16)
     gates = {id(p) for module in model.modules() if type(module).__name__ == "Gates" for p in module.parameters()}
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if id(parameter) in gates else torch.bfloat16), name
@@ -218,15 +217,15 @@ def test_bad_labels_states_boundaries_and_lengths_are_refused() -> None:
         model(packed, cu_seqlens=torch.tensor([0, 9, 12]))
 
 
-def test_a_small_model_learns_to_repeat() -> None:
+def test_a_small_model_learns_to_count() -> None:
     torch.manual_seed(0)
-    model = build_model(small_spec())
-    ids = torch.arange(11).repeat(4)[None].expand(4, -1)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
+    model = build_model(small_spec(layers="k+a"))
+    ids = torch.arange(11).repeat(2)[None]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(60):
         loss = model(ids, labels=ids).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert loss < 0.1
+    assert loss < 0.2
     assert model.generate([[3, 4]], 5)[0].tolist() == [3, 4, 5, 6, 7, 8, 9]
