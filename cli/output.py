@@ -110,9 +110,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 def _explain(error: Exception) -> tuple[str, int]:
     """Return the message and the exit code for an exception."""
     from hybridzoo.mixers.schema import SpecError  # by now something heavy has run, or the input was bad anyway
+    from hybridzoo.training import DivergedError
 
     if isinstance(error, SpecError):
         return str(error), BAD_INPUT
+    if isinstance(error, DivergedError):
+        return str(error), FAILED
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
         if package in EXTRAS:

@@ -1,0 +1,150 @@
+import json
+
+import pytest
+import torch
+
+from hybridzoo.architectures import build_model, load_spec
+from hybridzoo.cli.runs import RECORD, SPEC, WEIGHTS, load_run, save_run
+
+QUICK = ["--steps", "3", "--batch-size", "2", "task.length=32", "task.examples=4", "task.quick_examples=2"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder to train on, so that no test reads the whole standard library."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(8):
+        (folder / f"{n}.py").write_text(f"def f{n}(x):\n    return x + {n}\n" * 20)
+    return folder
+
+
+@pytest.fixture
+def trained(run, tiny, text):
+    run("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a")
+    return tiny.parent / "runs" / "a"
+
+
+def test_training_leaves_weights_spec_and_record(trained):
+    record = json.loads((trained / RECORD).read_text())
+    assert record["train"]["steps"] == 3
+    assert record["history"]["steps"] == [1, 2, 3]
+    assert record["metrics"]["bits_per_byte"] > 0
+    assert load_spec(trained / SPEC).pattern == "c a"
+    assert not [path for path in trained.iterdir() if path.name.startswith(".")], "nothing half-written is left"
+
+
+def test_saved_weights_come_back_bit_for_bit(tiny, tmp_path):
+    spec = load_spec(tiny, ["tie_embeddings=true"])
+    model = build_model(spec)
+    save_run(tmp_path / "run", model, spec, {})
+    loaded = load_run(tmp_path / "run").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_same_seed_trains_the_same_model(run, tiny, text):
+    for name in ("b", "c"):
+        run("train", tiny, *QUICK, f"task.folder={text}", "--seed", "5", "--out", name)
+    one, two = (load_run(tiny.parent / name).state_dict() for name in ("b", "c"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_vocabulary_becomes_the_tasks_own(run, tiny):
+    words = ["task.pairs=4", "task.keys=8", "task.values=8", "task.examples=4", "--steps", "2", "--batch-size", "2"]
+    record = json.loads(run("train", tiny, "--task", "mqar", *words, "--json").stdout)
+    assert record["folder"] == "runs/mine-mqar"
+    assert 0 <= record["metrics"]["accuracy"] <= 1
+    assert load_spec(tiny.parent / "runs/mine-mqar" / SPEC).vocab_size < 256
+
+
+def test_a_trained_model_is_not_overwritten_unasked(run, trained, tiny, text):
+    words = ["train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a"]
+    assert "--overwrite" in run(*words, ok=False).stderr
+    run(*words, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--task", "byts"], "did you mean 'bytes'?"),
+        (["task.lenght=32"], "did you mean 'length'?"),
+        (["train.stpes=3"], "did you mean 'steps'?"),
+        (["train.steps=3", "--steps", "4"], "given twice"),
+        (["layers=c b"], "unknown mixer 'b'"),
+        (["--lr", "0"], "train.lr"),
+        (["vocab_size=7"], "below the task's 256"),
+        (["task=mqar"], "task"),
+        (["--device", "quantum"], "train.device"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_trained(run, tiny, words, said):
+    result = run("train", tiny, *words, ok=False)
+    assert result.exit_code == 2, result.stderr
+    assert said in result.stderr
+    assert not (tiny.parent / "runs").exists()
+
+
+def test_a_run_that_diverges_fails_and_saves_nothing(run, tiny, text):
+    result = run("train", tiny, *QUICK, f"task.folder={text}", "--lr", "1e30", "train.warmup=0", ok=False)
+    assert result.exit_code == 1
+    assert "step" in result.stderr
+    assert not list(tiny.parent.glob(f"runs/*/{WEIGHTS}"))
+
+
+def test_text_goes_on_from_the_prompt(run, trained):
+    out = run("generate", trained, "--prompt", "def ", "-n", "8", "--seed", "1").stdout
+    assert out.startswith("def ")
+    assert out.endswith("\n")
+    again = run("generate", trained, "--prompt", "def ", "-n", "8", "--seed", "1").stdout
+    assert out == again
+
+
+def test_the_streamed_text_is_what_the_model_generates(run, trained):
+    out = run("generate", trained, "--prompt", "def ", "-n", "6", "--temperature", "0", "--json").stdout
+    ids = torch.tensor([list(b"def ")])
+    wanted = bytes(load_run(trained).generate(ids, 6)[0, 4:].tolist()).decode(errors="replace")
+    assert json.loads(out)["continuation"] == wanted
+
+
+def test_a_prompt_can_come_from_stdin(run, trained):
+    assert run("generate", trained, "--prompt", "-", "-n", "2", stdin="héllo").stdout.startswith("héllo")
+
+
+def test_an_untrained_spec_speaks_but_says_so(run):
+    result = run("generate", "carve-tiny", "d_model=32", "mixers.c.n_heads=2", "mixers.c.head_dim=16", "-n", "2")
+    assert "untrained" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "no spec 'nowhere'"),
+        (["carve-tiny", "vocab_size=300"], "byte-level"),
+        (["carve-tiny", "--prompt", ""], "empty"),
+        (["carve-tiny", "--top-p", "0"], "top_p"),
+        (["."], "no trained model here"),
+    ],
+)
+def test_what_cannot_be_generated_from_is_refused(run, words, said):
+    result = run("generate", *words, ok=False)
+    assert said in result.stderr
+    assert result.stdout in ("", "\n")
+
+
+def test_a_trained_model_takes_no_overrides(run, trained):
+    assert "as it was trained" in run("generate", trained, "d_model=8", ok=False).stderr
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_weights_that_are_damaged_or_another_models_are_refused(run, trained, tiny, damage):
+    weights = trained / WEIGHTS
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        spec = load_spec(tiny, ["ffn.width=8"])
+        save_run(tiny.parent / "other", build_model(spec), spec, {})
+        (tiny.parent / "other" / WEIGHTS).replace(weights)
+    result = run("generate", trained, ok=False)
+    assert result.exit_code == 2
+    assert WEIGHTS in result.stderr
