@@ -36,7 +36,7 @@ def build_model(spec: Spec, device: torch.device | str | None = None, dtype: tor
 
     The modules are made on the meta device, so that nothing is allocated or drawn twice; `device="meta"` stops there
     (`model.to_empty(device=...)` and `model.reset_parameters()` go on). Initial values are drawn in float32 from
-    torch's global generator. With `dtype`, parameters are cast, except that those of `Gates` submodules stay in float32
+    torch's global generator. With `dtype`, parameters are cast, except that those of a mixer's `gates` stay in float32
     at least: decays lose their meaning in bfloat16.
     """
     with torch.device("meta"):
@@ -51,18 +51,12 @@ def build_model(spec: Spec, device: torch.device | str | None = None, dtype: tor
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating-point parameters and buffers in place; `Gates` submodules keep float32 or better."""
-
-    def visit(module: nn.Module, kind: torch.dtype) -> None:
-        if type(module).__name__ == "Gates":
-            kind = torch.promote_types(dtype, torch.float32)
+    """Cast floating-point parameters and buffers in place; submodules named `gates` keep float32 or better."""
+    for name, module in model.named_modules():
+        kind = torch.promote_types(dtype, torch.float32) if "gates" in name.split(".") else dtype
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(kind)
-        for child in module.children():
-            visit(child, kind)
-
-    visit(model, dtype)
 
 
 class HybridLM(nn.Module):

@@ -24,7 +24,10 @@ from hybridzoo.mixers.schema import SpecError, convert, nearest, unknown
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """How a model starts: `std` of embeddings and channel mixers, and GPT-2's smaller residual projections."""
+    """How a model starts: `std` of the embeddings and the head, and GPT-2's smaller residual projections.
+
+    Mixers and FFNs draw themselves; see `HybridLM.reset_parameters`.
+    """
 
     std: float = 0.02
     residual_scale: bool = True
