@@ -151,11 +151,13 @@ def forward(
         pairs = decay.pairs(segment.q, segment.ek, segment.k)
         news, predicted = segment.wv, None
         if segment.ek is not None and pairs.corrections is not None:
-            inverse = unit_lower_inverse(pairs.corrections)
-            news = torch.bmm(inverse, segment.wv)
+            # What the backward pass needs is written where it is kept: copies cost as much as products here.
+            keep = (None, None) if saved is None else (saved.inverse[segment.all], saved.news[segment.all])
+            inverse = unit_lower_inverse(pairs.corrections, out=keep[0])
+            news = torch.bmm(inverse, segment.wv, out=keep[1])
             predicted = torch.bmm(inverse, decay.predicted(segment.ek))
-            if saved is not None:
-                saved.inverse[segment.all] = inverse
+        elif saved is not None:
+            saved.news[segment.all] = news
         states = saved.states[segment.all] if saved is not None else x.v.new_empty(len(news), K, V)
         written = decay.to_end(segment.k)
         for step in segment.steps:
@@ -167,8 +169,6 @@ def forward(
             if decay.total is not None:
                 running.mul_(decay.total[rows])
             running.baddbmm_(written[rows].mT, news[rows])
-        if saved is not None:
-            saved.news[segment.all] = news
         out = torch.bmm(decay.from_start(segment.q), states, out=o[segment.all])
         out.baddbmm_(pairs.reads, news)
         if content is not None:
@@ -293,12 +293,11 @@ def _segment_backward(segment: _Segment, saved: Saved, d_out: Tensor, dS: Tensor
         d_corrections = torch.bmm(d_wv, news.mT).neg_()
         d_predicting = torch.bmm(d_wv, states.mT).neg_()
     grads = decay.pairs_grad(Pairs(d_reads, d_corrections), pairs, q, ek, k)
-    dq = grads.q + decay.from_start(d_reading)
-    dk = grads.k + decay.to_end(d_written)
+    torch.add(grads.q, decay.from_start(d_reading), out=d.q[rows])
+    dk = torch.add(grads.k, decay.to_end(d_written), out=d.k[rows])
     if ek is not None and grads.ek is not None and d_predicting is not None:
         d_ek = grads.ek + decay.predicted(d_predicting)
         dk += _gate_grad(d_ek, k, segment.gates.correct, d.correct, rows)
-    d.q[rows], d.k[rows] = dq, dk
     d.v[rows] = _gate_grad(d_wv, segment.gates.v, segment.gates.write, d.write, rows)
     if decay.total is None:
         return None

@@ -51,23 +51,24 @@ class Tiling:
             n = self.n_steps
             if n * self.size != T:
                 x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, n * self.size - T))
-            x = x.reshape(B, n, self.size, *x.shape[2:]).transpose(0, 1).reshape(n * B, self.size, *x.shape[2:])
-        else:
-            flat = x.reshape(B * T, *x.shape[2:])
-            flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-            x = flat[self.source].reshape(-1, self.size, *x.shape[2:])
+            # Both moves in one copy: at small sizes this pass costs as much as the products.
+            x = x.unflatten(1, (n, self.size)).transpose(0, 1).transpose(2, 3)
+            return x.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        flat = x.reshape(B * T, *x.shape[2:])
+        flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+        x = flat[self.source].reshape(-1, self.size, *x.shape[2:])
         return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
 
     def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `cut`."""
         B, T = self.shape
-        x = x.transpose(1, 2)  # [M, C, heads(, dim)]
-        rest = x.shape[2:]
         if self.target is not None:
+            x = x.transpose(1, 2)  # [M, C, heads(, dim)]
+            rest = x.shape[2:]
             return x.reshape(-1, *rest)[self.target].reshape(B, T, *rest).to(dtype)
-        n = self.n_steps
-        x = x.reshape(n, B, self.size, *rest).transpose(0, 1).reshape(B, n * self.size, *rest)
-        return x[:, :T].to(dtype).contiguous()  # as the operator's fake says; .to() alone may return the view
+        x = x.unflatten(0, (self.n_steps, B)).transpose(2, 3).transpose(0, 1)  # [B, steps, C, heads(, dim)]
+        x = x.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+        return x[:, :T].contiguous()  # as the operator's fake says, also where the last tile is not full
 
     def sort(self, x: Tensor) -> Tensor:
         """`[N, ...]` in the caller's order to a fresh tensor, longest sequence first."""

@@ -11,8 +11,8 @@ from torch import Tensor
 _LEAF = 16
 
 
-def unit_lower_inverse(A: Tensor) -> Tensor:
-    """`(I + A)^-1` for strictly lower-triangular `A [G, C, C]`, C a power of two.
+def unit_lower_inverse(A: Tensor, out: Tensor | None = None) -> Tensor:
+    """`(I + A)^-1` for strictly lower-triangular `A [G, C, C]`, C a power of two; into `out` where given.
 
     Blocks double: with `X` the inverse of the diagonal blocks so far and `B` what A holds newly inside the doubled
     ones, `X - X B X` is the inverse of these. Unlike the product `(I-A)(I+A^2)(I+A^4)...`, whose terms grow and cancel
@@ -20,7 +20,7 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     """
     C = A.shape[-1]
     leaf = min(C, _LEAF)
-    X = torch.zeros_like(A)
+    X = torch.zeros_like(A) if out is None else out.zero_()
     diagonal = _diagonal_blocks(X, leaf)
     diagonal.copy_(_leaf_inverse(_diagonal_blocks(A, leaf).reshape(-1, leaf, leaf)).view(diagonal.shape))
     h = leaf
