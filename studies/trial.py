@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
-import platform
 import re
 import time
 from collections.abc import Mapping
@@ -19,9 +17,9 @@ from typing import Any
 
 import torch
 
-import hybridzoo
 from hybridzoo.architectures import Spec, build_model
 from hybridzoo.mixers.schema import convert
+from hybridzoo.studies.environment import environment
 from hybridzoo.studies.pool import Send
 from hybridzoo.studies.results import content_key, write_result
 from hybridzoo.studies.tasks import build_task
@@ -118,18 +116,4 @@ def result_of(trial: Trial, *, status: str, seconds: float, **fields: Any) -> di
         "trial": dataclasses.asdict(trial),
         **empty,
         **fields,
-    }
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Say what a result was made with."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {
-        "hybridzoo": hybridzoo.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count() or 0,
     }
