@@ -1,1 +1,42 @@
-"""Tasks, trials, sweeps and reports. May import training; the command line comes next."""
+"""Studies: stacks compared on tasks that need memory and on text, with what is held equal said and held.
+
+Start with `run_study(load_study("quickstart"), "runs/quickstart")` and `write_report("runs/quickstart")`. May import
+training and everything below it; the command line comes next. docs/studies.md explains a study's YAML.
+"""
+
+from __future__ import annotations
+
+from hybridzoo.studies.findings import Cell, Findings, gather
+from hybridzoo.studies.plan import Plan, Stack, make_plan
+from hybridzoo.studies.report import read_findings, write_report
+from hybridzoo.studies.results import CorruptResultError
+from hybridzoo.studies.runner import Run, read_plan, read_trials, run_study
+from hybridzoo.studies.study import Hold, Study, list_studies, load_study, study_from, study_path
+from hybridzoo.studies.tasks import Shown, StudyTask, build_task, list_tasks, register_task
+
+__all__ = [
+    "Cell",
+    "CorruptResultError",
+    "Findings",
+    "Hold",
+    "Plan",
+    "Run",
+    "Shown",
+    "Stack",
+    "Study",
+    "StudyTask",
+    "build_task",
+    "gather",
+    "list_studies",
+    "list_tasks",
+    "load_study",
+    "make_plan",
+    "read_findings",
+    "read_plan",
+    "read_trials",
+    "register_task",
+    "run_study",
+    "study_from",
+    "study_path",
+    "write_report",
+]

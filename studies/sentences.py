@@ -1,0 +1,195 @@
+"""What a report says in words: findings drawn from the numbers, and what the numbers cannot show.
+
+Every sentence is computed, none is taken from a paper; where stacks cannot be told apart the text says so. May import
+nothing above studies.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
+from hybridzoo.studies.stats import difference, spread
+from hybridzoo.studies.tasks import Shown
+
+
+def score(shown: Shown, value: float) -> str:
+    """Return a score for a sentence: `97.3 %` or `2.381`."""
+    return f"{100 * value:.1f} %" if shown.percent else f"{value:.3f}"
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return `a`, `a and b` or `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def size(amount: float, unit: str = "") -> str:
+    """Return a number with three digits and a metric prefix: `149 k`, `1.05 M`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(amount) >= factor:
+            return f"{amount / factor:.3g} {prefix}{unit}".strip()
+    return f"{amount:.3g} {unit}".strip()
+
+
+def memory(count: float) -> str:
+    """Return bytes with a binary prefix: `2.02 MiB`."""
+    for factor, prefix in ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):
+        if count >= factor:
+            return f"{count / factor:.3g} {prefix}B"
+    return f"{count:.0f} B"
+
+
+def headline(findings: Findings, task: str) -> list[str]:
+    """Return what was found on one task, a sentence each: the ranking, the ratio curves, and what cannot be told."""
+    shown, ranked = findings.shown(task), findings.ranked(task)
+    if not ranked:
+        return [f"On {task} no trial has finished."]
+    best, worst = ranked[0], ranked[-1]
+    said = [
+        f"On {task} ({shown.label}), {best.stack.label} is best on average, {_with_seeds(shown, best)}"
+        + (f"; {worst.stack.label} is last, {_with_seeds(shown, worst)}." if len(ranked) > 1 else ".")
+    ]
+    if ties := _not_told_apart(ranked, shown.maximise):
+        said.append(f"From the best, these seeds do not separate {joined([cell.stack.label for cell in ties])}.")
+    for name, curve in families(ranked).items():
+        said += _ratio(shown, name, curve)
+    if len(ranked) > 1:
+        said.append(_frontier(findings, task))
+    guessing = [cell.stack.label for cell in ranked if _at_chance(shown, cell)]
+    if guessing:
+        said.append(f"No better than guessing ({score(shown, shown.chance or 0)}): {joined(guessing)}.")
+    return said
+
+
+def _with_seeds(shown: Shown, cell: Cell) -> str:
+    if len(cell.scores) == 1:
+        return f"{score(shown, cell.mean)} (one seed)"
+    return f"{score(shown, cell.mean)} (seeds {', '.join(score(shown, value) for value in cell.scores)})"
+
+
+def _at_chance(shown: Shown, cell: Cell) -> bool:
+    return shown.chance is not None and max(cell.scores) < 1.5 * shown.chance
+
+
+def _not_told_apart(ranked: Sequence[Cell], maximise: bool) -> list[Cell]:
+    """The cells whose paired difference from the best is within its own noise.
+
+    With three seeds or more, the 95 % interval of the difference holds 0. With fewer an interval says little, and the
+    ranges of the seeds must overlap.
+    """
+    best, rest = ranked[0], ranked[1:]
+    ties = []
+    for cell in rest:
+        if len(best.scores) >= 3 and best.seeds == cell.seeds:
+            gap = difference(best.scores, cell.scores)
+            tied = gap.low <= 0 <= gap.high
+        elif maximise:
+            tied = max(cell.scores) >= min(best.scores)
+        else:
+            tied = min(cell.scores) <= max(best.scores)
+        if tied:
+            ties.append(cell)
+    return ties
+
+
+def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
+    """Say where along a ratio curve the score changes, or that it hardly does."""
+    if len({cell.stack.attention for cell in curve}) < 3:
+        return []
+    sign = 1 if shown.maximise else -1
+    means = [cell.mean for cell in curve]
+    noise = max(spread(cell.scores) for cell in curve)
+    whole = max(means) - min(means)
+    if whole <= 2 * noise:
+        return [
+            f"Along the ratio of attention to {name} the means differ by {score(shown, whole)}, no more than twice "
+            f"what two seeds of one stack do ({score(shown, noise)}): flat, as far as this can tell."
+        ]
+    steps = [(sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)]
+    jump, before, after = max(steps, key=lambda step: abs(step[0]))
+    verb = "gains" if jump > 0 else "loses"
+    return [
+        _best_ratio(shown, name, curve),
+        f"Along the ratio of attention to {name}, the largest change is from {_share(before)} to {_share(after)} "
+        f"attention, which {verb} {score(shown, abs(jump))} ({score(shown, before.mean)} to "
+        f"{score(shown, after.mean)}) of the {score(shown, whole)} between the best and the worst mixture.",
+    ]
+
+
+def _best_ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> str:
+    """Name the best measured ratio and those that its seeds do not tell from it: the interval of the optimum."""
+    ranked = sorted(curve, key=lambda cell: cell.mean, reverse=shown.maximise)
+    ties = sorted({cell.stack.attention for cell in _not_told_apart(ranked, shown.maximise)})
+    ties = [share for share in ties if share != ranked[0].stack.attention]
+    said = f"Of the mixtures of attention and {name}, that with {_share(ranked[0])} attention is best on average"
+    if not ties:
+        return f"{said}, ahead of every other by more than its seeds differ."
+    return f"{said}; the seeds do not separate it from {joined([f'{100 * share:.3g} %' for share in ties])}."
+
+
+def _frontier(findings: Findings, task: str) -> str:
+    cells = on_frontier(findings, task)
+    named = joined([f"{cell.stack.label} ({memory(cell.stack.state_bytes)})" for cell in cells])
+    stand, them = ("stands", "it") if len(cells) == 1 else ("stand", "them")
+    return f"Of quality against inference memory, {named} {stand} on the frontier: no mean beats {them} on both."
+
+
+def _share(cell: Cell) -> str:
+    return f"{100 * cell.stack.attention:.3g} %"
+
+
+def training_notes(findings: Findings, task: str) -> list[str]:
+    """Say which stacks were still learning when training stopped, so that they are not read as weak."""
+    shown, cells = findings.shown(task), findings.of(task)
+    if not cells:
+        return []
+    threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
+    moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
+    still = [f"{cell.stack.label} (by {score(shown, gain)})" for cell, gain in moving if gain > threshold]
+    if not still:
+        return [
+            f"On {task}, no stack improved by more than {score(shown, threshold)} over the last fifth of its training."
+        ]
+    return [
+        f"On {task}, still improving over the last fifth of training: {joined(still)}. Their scores are what this "
+        "budget gives, not what they can reach."
+    ]
+
+
+def limits(findings: Findings) -> list[str]:
+    """Say what the study does not show, from the facts of this run."""
+    plan, study = findings.plan, findings.plan.study
+    counts = [n for stack in plan.stacks for n in stack.parameters.values()]
+    least, most = size(min(counts)), size(max(counts))
+    scale = least if least == most else f"{least} to {most}"
+    said = [
+        f"Models here have {scale} parameters: whether an order of stacks found at this size holds at another is not "
+        "shown."
+    ]
+    for task in plan.shown:
+        tokens = [history.tokens for cell in findings.of(task) for history in cell.histories]
+        if tokens:
+            said.append(
+                f"On {task} each trained on {size(max(tokens), 'tokens')}; a longer training may order them otherwise."
+            )
+    seeds = len(study["seeds"])
+    if seeds < 3:
+        count = "One seed says nothing of chance" if seeds == 1 else "Two seeds bound chance only loosely"
+        said.append(f"{count}: small differences may be luck, and the intervals in the table are wide for that reason.")
+    said.append(
+        "All stacks trained with the same learning rate and schedule; each may have a better one of its own, and the "
+        "comparison favours those for which this one happens to be right."
+    )
+    if plan.target is not None:
+        said.append(
+            "Parameters were made equal by the width of the FFN, so a stack with larger mixers has a smaller FFN. "
+            "Equal training compute or equal inference memory would be other comparisons, with other answers."
+        )
+    said.append(
+        f"Inference memory is counted, not measured: what one sequence must keep after {study['context']:,} tokens, "
+        "keys and values and convolution tails in bfloat16, recurrent states in float32."
+    )
+    if any(shown.levels for shown in plan.shown.values()):
+        said.append("Recall is measured on a synthetic task, whose cliff need not stand at the same place in text.")
+    return said

@@ -1,0 +1,124 @@
+"""The numbers of a report as tables: one a kind of picture, written as CSV with nothing rounded.
+
+May import nothing above studies. The columns stay as they are named here: people read them back.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from hybridzoo.studies.findings import Cell, Findings, on_frontier
+
+Value: TypeAlias = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows[i][j]` is the value of `columns[j]`; None where there is none."""
+
+    about: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+    def to_csv(self) -> str:
+        """Return the table as CSV: numbers in full precision, nothing for None."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+
+def all_tables(findings: Findings) -> dict[str, Table]:
+    """Return every table of a report, by the stem of its file's name."""
+    return {
+        "stacks": stack_table(findings),
+        "trials": trial_table(findings),
+        "levels": level_table(findings),
+        "learning": learning_table(findings),
+    }
+
+
+def stack_table(findings: Findings) -> Table:
+    """A row for each task and stack: what it costs and how it scored; behind the ratio curve and the frontier."""
+    columns = (
+        *("task", "stack", "layers", "family", "attention_share", "ffn_width", "parameters"),
+        *("train_flops_per_token", "decode_flops_per_token", "state_bytes", "kv_bytes"),
+        *("metric", "seeds", "mean", "low_95", "high_95", "least", "most", "gained_at_the_end", "on_frontier"),
+        "seconds_per_trial",
+    )
+    rows = []
+    for task, shown in findings.plan.shown.items():
+        best = {cell.stack.label for cell in on_frontier(findings, task)}
+        for stack in findings.plan.stacks:
+            cell = findings.cells[task].get(stack.label)
+            costs = (
+                *(task, stack.label, stack.pattern, stack.family, stack.attention, stack.ffn_width),
+                *(stack.parameters[task], stack.train_flops[task], stack.decode_flops[task]),
+                *(stack.state_bytes, stack.kv_bytes, shown.metric),
+            )
+            rows.append((*costs, *_scores(cell, shown.metric, shown.maximise, stack.label in best)))
+    return Table("Stacks: what each costs and how it scored", columns, tuple(rows))
+
+
+def _scores(cell: Cell | None, metric: str, maximise: bool, best: bool) -> tuple[Value, ...]:
+    if cell is None:
+        return (0, *[None] * 8)
+    summary = cell.summary
+    low, high = (summary.low, summary.high) if summary.n > 1 else (None, None)
+    gained = cell.gained(metric, maximise)
+    mean_seconds = sum(cell.seconds) / len(cell.seconds)
+    return (summary.n, summary.mean, low, high, summary.least, summary.most, gained, best, mean_seconds)
+
+
+def trial_table(findings: Findings) -> Table:
+    """A row for each planned trial, whatever became of it."""
+    columns = ("task", "stack", "seed", "status", "metric", "score", "seconds", "tokens_per_second", "error", "key")
+    results = {result["key"]: result for result in findings.results}
+    rows: list[tuple[Value, ...]] = []
+    for trial in findings.plan.trials:
+        metric = findings.shown(trial.task).metric
+        result: dict[str, Any] = results.get(trial.key, {})
+        rows.append(
+            (
+                *(trial.task, trial.stack, trial.seed, result.get("status", "missing"), metric),
+                result.get("metrics", {}).get(metric),
+                result.get("seconds"),
+                result.get("history", {}).get("tokens_per_second"),
+                result.get("error", ""),
+                trial.key,
+            )
+        )
+    return Table("Trials: every one that was planned", columns, tuple(rows))
+
+
+def level_table(findings: Findings) -> Table:
+    """A row for each seed and difficulty: what lies behind the level curves."""
+    rows = [
+        (task, cell.stack.label, seed, level, metrics[metric])
+        for task, shown in findings.plan.shown.items()
+        for cell in findings.of(task)
+        for seed, metrics in zip(cell.seeds, cell.metrics, strict=True)
+        for level, metric in shown.levels
+        if metric in metrics
+    ]
+    return Table("Levels: the score at each difficulty", ("task", "stack", "seed", "level", "score"), tuple(rows))
+
+
+def learning_table(findings: Findings) -> Table:
+    """A row for each seed and evaluation on the way: what lies behind the learning curves."""
+    return Table(
+        "Learning: the score on the way", ("task", "stack", "seed", "step", "score"), tuple(_learning(findings))
+    )
+
+
+def _learning(findings: Findings) -> Iterable[tuple[Value, ...]]:
+    for task, shown in findings.plan.shown.items():
+        for cell in findings.of(task):
+            for seed, history in zip(cell.seeds, cell.histories, strict=True):
+                for step, value in zip(*history.curve(shown.metric), strict=True):
+                    yield task, cell.stack.label, seed, step, value
