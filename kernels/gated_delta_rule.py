@@ -55,8 +55,7 @@ def gated_delta_rule(
     Args:
         q, k: `[B, T, H, K]`, one floating dtype with v.
         v: `[B, T, HV, V]`, HV a multiple of H.
-        log_decay: `g`, `[B, T, HV]` or `[B, T, HV, K]`, at most 0. The chunkwise backends floor it at -20 a token
-            (-160 in float64), with no gradient below.
+        log_decay: `g`, `[B, T, HV]` or `[B, T, HV, K]`, at most 0; `-inf` clears the state.
         erase_logits: `z`, `[B, T, HV, K]`.
         content: CARVE's readout `u_c`, added to `erase_logits`.
         correct: `e`, `[B, T, HV]` or `[B, T, HV, K]`.
