@@ -148,7 +148,7 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
         ("norm=layernorm", "norm: 'layernorm' is not one of rmsnorm (did you mean 'rmsnorm'?)"),
         ("norm_eps=0", "norm_eps: must be above 0"),
         ("init.std=-1", "init.std: must be above 0"),
-        ("init.sdt=1", "init: unknown key 'sdt'; known: std, residual_scale (did you mean 'std'?)"),
+        ("init.sdt=1", "init: unknown key 'sdt'; known: std, residual_scale, head_std (did you mean 'std'?)"),
         ("ffn.type=swigl", "ffn.type: 'swigl' is not one of swiglu, gelu, relu2, none (did you mean 'swiglu'?)"),
         ("tie_embeddings=yes", "tie_embeddings: expected true or false, got 'yes'"),
         ("mixers.c.erase=tokn", "mixers.c.erase: 'tokn' is not one of none, token, content (did you mean 'token'?)"),
