@@ -83,10 +83,10 @@ class HybridLM(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial parameters as Mamba-2's training code does (state-spaces/mamba, after GPT-2).
 
-        Embeddings and head are normal with the spec's `init.std`; every mixer draws itself as its source prescribes,
-        projections as `nn.Linear` draws them (at d_model 768 their deviation is GPT-2's 0.02). With
-        `init.residual_scale`, what is added to the residual stream is divided by the root of the number of additions,
-        `1/sqrt(2 n_layers)` where every layer has an FFN.
+        Embeddings and head are normal with the spec's `init.std` (a head of its own with `init.head_std`, where given);
+        every mixer draws itself as its source prescribes, projections as `nn.Linear` draws them (at d_model 768 their
+        deviation is GPT-2's 0.02). With `init.residual_scale`, what is added to the residual stream is divided by the
+        root of the number of additions, `1/sqrt(2 n_layers)` where every layer has an FFN.
         """
         init = self.spec.init
         nn.init.normal_(self.embedding.weight, std=init.std)
@@ -96,7 +96,7 @@ class HybridLM(nn.Module):
             block.reset_parameters(additions**-0.5 if init.residual_scale else 1.0)
         self.norm.reset_parameters()
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=init.std)
+            nn.init.normal_(self.head.weight, std=init.std if init.head_std is None else init.head_std)
 
     def forward(
         self,

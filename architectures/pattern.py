@@ -46,6 +46,14 @@ class _Group:
     repeated: bool = True  # nothing stands before a '*' yet
 
 
+def is_name(text: str) -> bool:
+    """Whether a pattern can hold `text` as one name, with or without flags."""
+    word, bracket, flags = text.partition("[")
+    match = _TOKEN.fullmatch(word)
+    closed = flags.find("]") == len(flags) - 1 if bracket else True
+    return closed and match is not None and match.lastgroup == "name"
+
+
 def parse_pattern(
     text: str, names: Collection[str] | None = None, where: str = "layers"
 ) -> tuple[tuple[str, ...], ...]:
@@ -167,7 +175,8 @@ class _Parser:
             if kind == "name" and self.text[stop : stop + 1] == "[":
                 stop = self._closing_bracket(stop)
             if kind != "space":
-                if tokens and tokens[-1].kind == "count" and tokens[-1].stop == start and kind == "name":
+                repeat = [token.kind for token in tokens[-2:]] == ["*", "count"]
+                if repeat and tokens[-1].stop == start and kind == "name":
                     self._fail(_Token("name", text, start, stop), "expected white space after a count")
                 tokens.append(_Token(text if kind == "mark" else kind, self.text[start:stop], start, stop))
             start = stop

@@ -64,9 +64,20 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     fault = error.problem or error.context or "cannot be read"
-    if "expected ',' or '}'" in fault or "expected ',' or ']'" in fault:
-        fault += "; inside {} a value that contains '[', ',' or ': ' needs quotes"
-    return place + fault
+    if error.problem and error.context and error.context.startswith("expected"):
+        fault = f"{error.context}, {error.problem}"
+    elif error.context_mark and mark and error.context_mark.line < mark.line:
+        fault += f", {error.context} from line {error.context_mark.line + 1} on"
+    return place + fault + next((f"; {hint}" for part, hint in _HINTS.items() if part in fault), "")
+
+
+_HINTS = {
+    "expected ',' or '}'": "inside {} a value that contains '[', ',' or ': ' needs quotes",
+    "expected ',' or ']'": "inside [] a value that contains '[', ',' or ': ' needs quotes",
+    "undefined alias": "a value that starts with '*' needs quotes",
+    r"'\t'": "indent with spaces",
+    "another document": "a file holds one, without '---' in the middle",
+}
 
 
 class _Reader:
@@ -82,7 +93,8 @@ class _Reader:
         if self.count > MAX_VALUES:
             raise self._error(node, f"more than {MAX_VALUES:,} values once its aliases are expanded")
         if node.tag not in _PLAIN_TAGS:
-            raise self._error(node, f"the tag '{node.tag}' is not allowed: a file is plain data")
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise self._error(node, f"the tag '{tag}' is not allowed: a file is plain data")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if any(node is outer for outer in self.open):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from hybridzoo.architectures.interpolation import interpolate
-from hybridzoo.architectures.pattern import parse_pattern
+from hybridzoo.architectures.pattern import is_name, parse_pattern
 from hybridzoo.blocks.ffn import FfnConfig
 from hybridzoo.mixers.base import MixerConfig
 from hybridzoo.mixers.registry import entry_of, get_entry, list_mixers, mixer_config, parse_mixer
@@ -26,15 +26,20 @@ from hybridzoo.mixers.schema import SpecError, convert, nearest, unknown
 class InitConfig:
     """How a model starts: `std` of the embeddings and the head, and GPT-2's smaller residual projections.
 
-    Mixers and FFNs draw themselves; see `HybridLM.reset_parameters`.
+    A head that is not tied may start at a `head_std` of its own: embeddings of unit size make what a token is stand
+    out in the residual stream, while a head of that size would start far from even odds. Mixers and FFNs draw
+    themselves; see `HybridLM.reset_parameters`.
     """
 
     std: float = 0.02
     residual_scale: bool = True
+    head_std: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.std < float("inf"):
-            raise SpecError(f".std: must be above 0, got {self.std}")
+        for name in ("std", "head_std"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise SpecError(f".{name}: must be above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,12 @@ class _Written:
                 raise SpecError(f".{name}: must be at least 1, got {value}")
         if not 0 < self.norm_eps < float("inf"):
             raise SpecError(f".norm_eps: must be above 0, got {self.norm_eps}")
+        if self.tie_embeddings and self.init.head_std is not None:
+            raise SpecError(".init.head_std: the head is the embedding; a head of its own needs tie_embeddings: false")
 
 
+_ENTRY = "{type: carve, n_heads: 4}"
+_PATTERN = '"(c*3 a)*2"'
 SPEC_KEYS = tuple(key.name for key in dataclasses.fields(_Written))
 
 
@@ -138,9 +147,8 @@ def resolve(data: Mapping[str, Any]) -> Spec:
     Raises `SpecError` whose message starts with the key at fault (`mixers.c.erase: ...`), for the caller to put the
     file before it.
     """
-    if "layers" not in data:
-        raise SpecError('layers: missing; a spec says its stack, as in layers: "(c*3 a)*2"')
     try:
+        _check_shape(data)
         written = convert(_Written, long_forms(data), "")
     except SpecError as error:
         raise SpecError(str(error).removeprefix(".").removeprefix(": ")) from None
@@ -163,6 +171,27 @@ def resolve(data: Mapping[str, Any]) -> Spec:
         init=written.init,
         max_context=written.max_context,
     )
+
+
+def _check_shape(data: Mapping[str, Any]) -> None:
+    """Refuse what a general "expected text" would leave a reader of the error to look up."""
+    for key in data:
+        if key not in SPEC_KEYS:
+            raise unknown("", "key", key, SPEC_KEYS)
+    pattern = data.get("layers")
+    if pattern is None:
+        raise SpecError(f"layers: missing; a spec says its stack, as in layers: {_PATTERN}")
+    if not isinstance(pattern, str):
+        raise SpecError(f"layers: expected a pattern, as in {_PATTERN}, got {pattern!r}")
+    mixers = data.get("mixers", {})
+    if not isinstance(mixers, Mapping):
+        raise SpecError(f"mixers: expected names with their mixers, as in {{c: {_ENTRY}}}, got {mixers!r}")
+    for label, item in mixers.items():
+        if not is_name(str(label)):
+            raise SpecError(f"mixers: '{label}' cannot stand in a pattern: a name is letters, digits, '_', '-' or '.'")
+        if not isinstance(item, Mapping | str):
+            found = "nothing" if item is None else item
+            raise SpecError(f"mixers.{label}: expected a mixer, as in {_ENTRY}, got {found}")
 
 
 def long_forms(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +231,9 @@ class _Mixers:
         if "type" not in words:
             others = [name for name in self.written.mixers if name != label]
             hint = nearest(label, others) or f"; declared: {', '.join(others)}" if others else ""
-            raise SpecError(f"{where}: no type, such as {{type: carve, n_heads: 4}}{hint}")
+            if label in {entry.name for entry in list_mixers()}:
+                hint = f"; for the mixer of that name, {{type: {label}, ...}}"
+            raise SpecError(f"{where}: no type, such as {_ENTRY}{hint}")
         kind = words.pop("type")
         if not isinstance(kind, str):
             raise SpecError(f"{where}.type: expected the name of a mixer, got {kind!r}")
@@ -213,6 +244,8 @@ class _Mixers:
             return self.declared(label)
         where = f"layers: {label}"
         name, flags = parse_mixer(label, where)
+        if "type" in flags:
+            raise SpecError(f"{where}: flags change words of a mixer, not which it is; name '{flags['type']}' itself")
         if name in self.written.mixers:
             entry = {**self.written.mixers[name], **flags}
             return self._config(str(entry.pop("type")), entry, where, where, label)
@@ -228,6 +261,9 @@ class _Mixers:
         own = {**flags, **words}
         if "d_model" in own:
             raise SpecError(f"{where}.d_model: every mixer has the spec's own d_model; leave it out")
+        for word in own:
+            if word not in entry.words:
+                raise unknown(where, "key", word, [known for known in entry.words if known != "d_model"])
         defaults = {k: v for k, v in self.written.mixer_defaults.items() if k in entry.words and k not in own}
         try:
             return mixer_config(name, {"d_model": self.written.d_model, **defaults, **own}, where)

@@ -25,8 +25,9 @@ class SpecError(ValueError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest of `choices`, or nothing where none is close."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean '{found[0]}'?)" if found else ""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f" (did you mean '{by_lower[found[0]]}'?)" if found else ""
 
 
 def unknown(where: str, kind: str, given: str, choices: Iterable[str]) -> SpecError:
@@ -36,7 +37,7 @@ def unknown(where: str, kind: str, given: str, choices: Iterable[str]) -> SpecEr
     return SpecError(f"{where}: unknown {kind} '{given}'; known: {listed}{nearest(given, choices)}")
 
 
-_INT = re.compile(r"[+-]?\d+")
+_INT = re.compile(r"[+-]?\d{1,1000}")  # Python refuses to read integers of more than 4,300 digits
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?|[+-]?inf")
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None}
 

@@ -106,3 +106,16 @@ def test_at_gpt_2_s_width_projections_start_with_gpt_2_s_deviation() -> None:
     ]
     for linear in plain:
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.06)
+
+
+def test_a_head_of_its_own_may_start_at_a_deviation_of_its_own() -> None:
+    spec = {
+        "name": "untied",
+        "d_model": 64,
+        "vocab_size": 500,
+        "layers": "attention[n_heads=4]",
+        "tie_embeddings": False,
+    }
+    model = build_model(Spec.from_dict({**spec, "init": {"std": 1.0, "head_std": 0.1}}))
+    assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.1, rel=0.05)

@@ -141,12 +141,15 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
     [
         ("d_modl=64", "unknown key 'd_modl'; known: "),
         ("d_modl=64", "(did you mean 'd_model'?)"),
+        ("Layers=c", "unknown key 'Layers'"),
+        (f"d_model={'9' * 5000}", "d_model: expected integer, got"),
         ("d_model=wide", "d_model: expected integer, got 'wide'"),
         ("d_model=0", "d_model: must be at least 1, got 0"),
         ("d_model.x=1", "d_model: expected integer, got {'x': 1}"),
         ("vocab_size=-3", "vocab_size: must be at least 1, got -3"),
         ("norm=layernorm", "norm: 'layernorm' is not one of rmsnorm (did you mean 'rmsnorm'?)"),
         ("norm_eps=0", "norm_eps: must be above 0"),
+        ("init.head_std=1", "init.head_std: the head is the embedding; a head of its own needs tie_embeddings: false"),
         ("init.std=-1", "init.std: must be above 0"),
         ("init.sdt=1", "init: unknown key 'sdt'; known: std, residual_scale, head_std (did you mean 'std'?)"),
         ("ffn.type=swigl", "ffn.type: 'swigl' is not one of swiglu, gelu, relu2, none (did you mean 'swiglu'?)"),
@@ -160,13 +163,25 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
         ("mixers.c.d_model=8", "mixers.c.d_model: every mixer has the spec's own d_model"),
         ("mixers.a.n_heads=5", "mixers.a.n_heads: 5 does not divide d_model 32"),
         ("mixers.d.n_heads=5", "mixers.d: no type, such as {type: carve, n_heads: 4}; declared: c, a"),
-        ("mixers=3", "mixers: expected mapping, got 3"),
-        ("mixers.c=3", "mixers.c: expected mapping, got 3"),
+        ("mixers.c.type=CARVE", "(did you mean 'carve'?)"),
+        (
+            "mixers.kda.n_heads=2",
+            "mixers.kda: no type, such as {type: carve, n_heads: 4}; for the mixer of that name, {",
+        ),
+        ("mixers=3", "mixers: expected names with their mixers, as in {c: {type: carve, n_heads: 4}}, got 3"),
+        ("mixers.c=3", "mixers.c: expected a mixer, as in {type: carve, n_heads: 4}, got 3"),
+        ("mixers.c=null", "mixers.c: expected a mixer, as in {type: carve, n_heads: 4}, got nothing"),
+        ("mixers={c 1: kda}", "mixers: 'c 1' cannot stand in a pattern: a name is letters, digits"),
+        (
+            "layers=c[type=kda]",
+            "layers: c[type=kda]: flags change words of a mixer, not which it is; name 'kda' itself",
+        ),
+        ("layers=[c, a]", "layers: expected a pattern, as in \"(c*3 a)*2\", got ['c', 'a']"),
         ("mixer_defaults.n_haeds=4", "mixer_defaults: unknown word 'n_haeds'"),
         ("mixer_defaults.n_haeds=4", "(did you mean 'n_heads'?)"),
         ("mixer_defaults.conv_size=big", "mixer_defaults.conv_size: expected integer, got 'big' (for mixer 'c')"),
         ("layers=(c*3 b)*2", "layers: column 6: unknown mixer 'b'"),
-        ("layers=3", "layers: expected text, got 3"),
+        ("layers=3", 'layers: expected a pattern, as in "(c*3 a)*2", got 3'),
         ("layers=carve[erase=tokn,n_heads=2]", "layers: carve[erase=tokn,n_heads=2].erase: 'tokn' is not one of"),
         ("layers=carve", "layers: carve: missing n_heads; give it under mixer_defaults, or under mixers"),
         ("layers=(c*64)*65", "layers: column 8: the pattern expands past 4,096 layers here"),
@@ -176,7 +191,8 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
 )
 def test_a_bad_override_is_named_with_what_would_be_right(write, override: str, says: str) -> None:
     message = refusal(write("x.yaml"), [override])
-    assert message.startswith(f"override '{override}': ")
+    assert message.startswith(f"override '{override}': " if len(override) <= 60 else "override '")
+    assert len(message) < 1000
     assert says in message
 
 
@@ -210,6 +226,7 @@ def test_an_error_names_the_file_in_which_the_key_stands(write) -> None:
 
 def test_a_spec_without_layers_or_sizes_is_refused(write) -> None:
     assert "x.yaml: layers: missing" in refusal(write("x.yaml", "d_model: 8"))
+    assert "x.yaml: unknown key 'n_layers'" in refusal(write("x.yaml", "d_model: 8\nn_layers: 3"))
     assert "x.yaml: missing 'd_model' and 'vocab_size'" in refusal(write("x.yaml", "layers: a"))
     assert "x.yaml: layers: column 1: no layers" in refusal(write("x.yaml", BASE.replace("(c*3 a)*2", "")))
 

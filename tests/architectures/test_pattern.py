@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridzoo.architectures.pattern import MAX_LAYERS, parse_pattern
+from hybridzoo.architectures.pattern import MAX_LAYERS, is_name, parse_pattern
 from hybridzoo.mixers import SpecError
 
 NAMES = ["a", "c", "kda", "carve-paper", "carve[erase=token,write=one]", "_x9"]
@@ -70,6 +70,16 @@ def test_flags_stay_with_their_name_and_lose_white_space() -> None:
     assert parse_pattern("carve[erase=token, write=one]*2") == (("carve[erase=token,write=one]",),) * 2
 
 
+@given(st.text(alphabet="ac9.-_[]=, (*+", min_size=1, max_size=8) | st.sampled_from(NAMES))
+def test_a_name_is_what_a_pattern_reads_as_one_layer_of_one_mixer(text: str) -> None:
+    try:
+        read = parse_pattern(text) == ((text,),)
+    except SpecError:
+        read = False
+    assert is_name(text) or not read
+    assert read or not is_name(text) or " " in text  # white space within flags is dropped
+
+
 def test_exactly_the_limit_expands() -> None:
     assert len(parse_pattern("((a*16)*16)*16")) == MAX_LAYERS
 
@@ -105,6 +115,7 @@ def test_any_depth_of_parentheses_is_read() -> None:
         ("c a)", 4, "')' closes nothing"),
         ("*3 c", 1, "expected a mixer name or '('"),
         ("3*c", 1, "a repeat follows what it repeats, as in 'c*3'"),
+        ("3x c a", 1, "a repeat follows what it repeats, as in 'c*3'"),
         ("c 3", 3, "a repeat follows what it repeats, as in 'c*3'"),
         ("c*", 3, "expected a count after '*'"),
         ("c*a", 3, "expected a count after '*'"),
