@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybridzoo.architectures.spec import Layer, Spec
+from hybridzoo.architectures.spec import Layer, Spec, require_spec
 from hybridzoo.blocks.residual import Block
 from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 from hybridzoo.mixers.schema import SpecError
@@ -62,8 +62,9 @@ def account(spec: Spec, context: int = 4096, dtype: torch.dtype = torch.bfloat16
     Nothing is allocated: each distinct layer is built once on the meta device and counted. Recurrent states are
     float32, whatever the dtype.
 
-    Raises: `SpecError` for a context below 1 or over the spec's `max_context`.
+    Raises: `SpecError` for a context below 1 or over the spec's `max_context`, `TypeError` for anything but a `Spec`.
     """
+    require_spec(spec)
     if context < 1:
         raise SpecError(f"context must be at least 1, got {context}")
     if spec.max_context is not None and context > spec.max_context:

@@ -19,6 +19,7 @@ from hybridzoo.architectures.plain_yaml import read_file, read_yaml
 from hybridzoo.architectures.spec import Spec, long_forms, resolve
 from hybridzoo.mixers.schema import SpecError, nearest
 
+MAX_BASES = 16  # files that stand on one another
 _SUFFIXES = (".yaml", ".yml")
 _KEY = re.compile(r"[A-Za-z_][\w-]*")
 
@@ -109,6 +110,8 @@ def _chain(path: Path, where: str, opened: list[Path]) -> list[tuple[str, dict[s
     if path.resolve() in opened:
         names = " -> ".join(file.name for file in [*opened, path.resolve()])
         raise SpecError(f"{where}: base: a spec cannot be based on itself: {names}")
+    if len(opened) > MAX_BASES:
+        raise SpecError(f"{where}: base: more than {MAX_BASES} files based on one another")
     return _based(read_file(path, where), path, where, opened)
 
 
@@ -148,6 +151,9 @@ class _Merged:
     def override(self, overrides: Iterable[str]) -> None:
         if isinstance(overrides, str):
             raise SpecError(f"overrides: expected a list of 'key=value', got the text '{overrides}'")
+        overrides = list(overrides)
+        if wrong := [text for text in overrides if not isinstance(text, str)]:
+            raise SpecError(f"overrides: expected a list of 'key=value', got {wrong[0]!r} in it")
         layer: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for text in overrides:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.architectures.generate import generate
-from hybridzoo.architectures.spec import Spec
+from hybridzoo.architectures.spec import Spec, require_spec
 from hybridzoo.blocks.residual import Block, BlockState
 from hybridzoo.kernels.packing import check_packing
 from hybridzoo.mixers.parts import RMSNorm
@@ -38,7 +38,12 @@ def build_model(spec: Spec, device: torch.device | str | None = None, dtype: tor
     (`model.to_empty(device=...)` and `model.reset_parameters()` go on). Initial values are drawn in float32 from
     torch's global generator. With `dtype`, parameters are cast, except that those of a mixer's `gates` stay in float32
     at least: decays lose their meaning in bfloat16.
+
+    Raises: `TypeError` for anything but a `Spec`, and for a dtype that is not floating point.
     """
+    require_spec(spec)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
     with torch.device("meta"):
         model = HybridLM(spec)
     target = torch.get_default_device() if device is None else torch.device(device)
@@ -110,8 +115,8 @@ class HybridLM(nn.Module):
         labels: `[B, T]`, usually the ids themselves: position t is asked for label t+1, within its own sequence. Labels
             of -100 are ignored. The loss is the mean over the labels that count, and 0 where none does.
 
-        Raises: `TypeError` for ids or labels that are not integers, `ValueError` for wrong shapes, ids out of range
-        (where they lie in host memory), sequences over `max_context`, and a state of another model.
+        Raises: `TypeError` for ids or labels that are not integers, `ValueError` for wrong shapes, ids or labels out of
+        range (where they lie in host memory), sequences over `max_context`, and a state of another model.
         """
         hidden, new_state = self.hidden(ids, state, cu_seqlens)
         logits = self.logits(hidden)
@@ -170,18 +175,29 @@ class HybridLM(nn.Module):
         )
 
     def _check_ids(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor [B, T], got {type(ids).__name__}")
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids must be [B, T] with at least one token, got {list(ids.shape)}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = ids.min().item(), ids.max().item()
-            if low < 0 or high >= self.spec.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"ids must lie in 0 to {self.spec.vocab_size - 1} (vocab_size - 1), got {bad}")
+        self._check_range(ids, "ids")
+
+    def _check_range(self, tokens: Tensor, name: str, ignored: int | None = None) -> None:
+        # On a GPU a look at the values would wait for the device, and a compiler has none to look at.
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        outside = (tokens < 0) | (tokens >= self.spec.vocab_size)
+        if ignored is not None:
+            outside &= tokens != ignored
+        if outside.any():
+            allowed = f"0 to {self.spec.vocab_size - 1} (vocab_size - 1)" + (f", or {ignored}" if ignored else "")
+            raise ValueError(f"{name} must lie in {allowed}, got {tokens[outside][0].item()}")
 
     def _check_lengths(self, ids: Tensor, cu_seqlens: Tensor | None) -> None:
         if cu_seqlens is not None:
+            if not isinstance(cu_seqlens, Tensor):
+                raise TypeError(f"cu_seqlens must be a tensor [N+1], got {type(cu_seqlens).__name__}")
             check_packing(cu_seqlens, *ids.shape)
         limit = self.spec.max_context
         if limit is None:
@@ -195,10 +211,13 @@ class HybridLM(nn.Module):
             raise ValueError(f"a sequence of {longest} tokens is longer than the spec's max_context {limit}")
 
     def _loss(self, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor [B, T], got {type(labels).__name__}")
         if labels.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
         if labels.shape != logits.shape[:2]:
             raise ValueError(f"labels must have the shape of ids {list(logits.shape[:2])}, got {list(labels.shape)}")
+        self._check_range(labels, "labels", IGNORED)
         # Position t is asked for label t+1; the last of a row, and of a packed sequence, for none.
         targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
         if cu_seqlens is not None:

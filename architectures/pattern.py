@@ -23,6 +23,7 @@ from typing import NamedTuple, NoReturn
 from hybridzoo.mixers.schema import SpecError, nearest
 
 MAX_LAYERS = 4096
+MAX_PARALLEL = 64  # mixers in one layer
 
 _TOKEN = re.compile(r"(?P<space>\s+)|(?P<name>[A-Za-z_][A-Za-z0-9_.-]*)|(?P<count>\d+)|(?P<mark>[()*+\[])")
 _WIDTH = 72  # columns of the pattern that an error shows
@@ -63,7 +64,7 @@ def parse_pattern(
     among them is refused with the nearest one.
 
     Raises: `SpecError` that shows the place in the pattern and says what was expected there; also for a pattern of more
-    than 4,096 layers, which is refused before it is expanded.
+    than 4,096 layers, which is refused before it is expanded, or of more than 64 mixers in one layer.
     """
     return _Parser(text, names, where).parse()
 
@@ -104,6 +105,8 @@ class _Parser:
             if member.kind != "name":
                 self._fail(member, "expected a mixer name: '+' joins the mixers of one layer, as in 'c+a'")
             members.append(self._name(member))
+            if len(members) > MAX_PARALLEL:
+                self._fail(member, f"more than {MAX_PARALLEL} mixers in one layer")
         if len(members) > 1 and self._peek().kind == "*":
             joined = "+".join(members)
             self._fail(self._peek(), f"a repeat of a parallel layer needs parentheses: write '({joined})*n'")

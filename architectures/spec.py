@@ -73,10 +73,12 @@ class _Written:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "vocab_size", "max_context"):
+        for name, most in {"d_model": 1 << 20, "vocab_size": 1 << 28, "max_context": None}.items():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecError(f".{name}: must be at least 1, got {value}")
+            if value is not None and most is not None and value > most:
+                raise SpecError(f".{name}: must be at most {most:,}, got {value}")
         if not 0 < self.norm_eps < float("inf"):
             raise SpecError(f".norm_eps: must be above 0, got {self.norm_eps}")
         if self.tie_embeddings and self.init.head_std is not None:
@@ -141,6 +143,13 @@ class Spec:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
 
 
+def require_spec(spec: object) -> None:
+    """Raise `TypeError` for what is no `Spec`, such as the name of one."""
+    if not isinstance(spec, Spec):
+        hint = f"; load_spec({spec!r}) gives one" if isinstance(spec, str) else ""
+        raise TypeError(f"expected a Spec, got {type(spec).__name__}{hint}")
+
+
 def resolve(data: Mapping[str, Any]) -> Spec:
     """Build the spec of merged, interpolated data.
 
@@ -155,7 +164,7 @@ def resolve(data: Mapping[str, Any]) -> Spec:
     mixers = _Mixers(written)
     declared = {label: mixers.declared(label) for label in written.mixers}
     layers = parse_pattern(written.layers, mixers.names(), "layers")
-    used = {label: mixers.in_pattern(label) for layer in layers for label in layer}
+    used = {label: mixers.in_pattern(label) for label in dict.fromkeys(label for layer in layers for label in layer)}
     ffn = None if written.ffn.type == "none" else written.ffn
     return Spec(
         name=written.name,

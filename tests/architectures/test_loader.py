@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridzoo.architectures import Spec, list_specs, load_spec, spec_path
@@ -118,6 +119,7 @@ def test_interpolation_reaches_across_base_and_overrides(write) -> None:
     assert (spec.mixers["a"].window, spec.mixers["a"].n_heads) == (128, 2)
 
 
+@settings(max_examples=30)
 @given(
     st.sampled_from(["swiglu", "gelu", "none"]),
     st.integers(1, 4),
@@ -146,6 +148,7 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
         ("d_model=wide", "d_model: expected integer, got 'wide'"),
         ("d_model=0", "d_model: must be at least 1, got 0"),
         ("d_model.x=1", "d_model: expected integer, got {'x': 1}"),
+        ("d_model=10000000000", "d_model: must be at most 1,048,576, got 10000000000"),
         ("vocab_size=-3", "vocab_size: must be at least 1, got -3"),
         ("norm=layernorm", "norm: 'layernorm' is not one of rmsnorm (did you mean 'rmsnorm'?)"),
         ("norm_eps=0", "norm_eps: must be above 0"),
@@ -215,6 +218,8 @@ def test_what_is_no_override_is_refused(write, override: str, says: str) -> None
 def test_overrides_given_as_one_text_are_refused(write) -> None:
     with pytest.raises(SpecError, match="expected a list of 'key=value'"):
         load_spec(write("x.yaml"), "d_model=3")
+    with pytest.raises(SpecError, match="expected a list of 'key=value', got 3 in it"):
+        load_spec(write("x.yaml"), ["d_model=3", 3])
 
 
 def test_an_error_names_the_file_in_which_the_key_stands(write) -> None:
@@ -253,6 +258,18 @@ def test_a_base_that_leads_nowhere_or_in_a_circle_is_refused(write) -> None:
     assert "a spec cannot be based on itself: x.yaml -> y.yaml -> z.yaml -> x.yaml" in refusal(
         write("x.yaml", "base: y.yaml")
     )
+
+
+def test_bases_that_go_on_for_ever_are_refused(write) -> None:
+    for i in range(2000):
+        write(f"x{i}.yaml", f"base: x{i + 1}.yaml")
+    assert refusal("x0.yaml").startswith("x17.yaml: base: more than 16 files based on one another")
+
+
+def test_the_most_layers_load_in_no_time(write) -> None:
+    start = time.perf_counter()
+    assert len(load_spec(write("x.yaml"), ["layers=c*4096"]).layers) == 4096
+    assert time.perf_counter() - start < 2
 
 
 def test_what_the_yaml_reader_refuses_is_refused_with_the_file(write) -> None:

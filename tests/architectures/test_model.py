@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures import HybridLM, Spec, build_model, load_spec
+from hybridzoo.architectures import HybridLM, Spec, account, build_model, load_spec
 from hybridzoo.blocks.ffn import FeedForward
 
 Shallow = Callable[..., HybridLM]
@@ -175,6 +175,7 @@ def test_ffn_none_builds_blocks_of_mixers_only() -> None:
         (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"with at least one token, got \[2, 0\]"),
         (torch.tensor([[0, 11]]), ValueError, r"ids must lie in 0 to 10 \(vocab_size - 1\), got 11"),
         (torch.tensor([[-1, 10]]), ValueError, "got -1"),
+        ([[1, 2]], TypeError, r"ids must be a tensor \[B, T\], got list"),
     ],
 )
 def test_bad_ids_are_refused(ids: Tensor, error: type[Exception], says: str) -> None:
@@ -188,12 +189,23 @@ def test_bad_labels_states_boundaries_and_lengths_are_refused() -> None:
         model(ids, labels=ids[:, 1:])
     with pytest.raises(TypeError, match="labels must be int32 or int64"):
         model(ids, labels=ids.double())
+    with pytest.raises(TypeError, match="labels must be a tensor"):
+        model(ids, labels=[[1]])
+    for bad in (11, -1, -101):
+        with pytest.raises(ValueError, match=rf"labels must lie in 0 to 10 \(vocab_size - 1\), or -100, got {bad}"):
+            model(ids, labels=torch.tensor([[bad, *[1] * 7]]))
     with pytest.raises(ValueError, match="state: expected one for each of 3 layers, got 1"):
         model(ids, state=model.init_state(1)[:1])
     with pytest.raises(ValueError, match="state"):
         model(ids, state=model.init_state(2))
     with pytest.raises((TypeError, ValueError), match="state"):
         model(ids, state=model.init_state(1)[::-1])
+    with pytest.raises(ValueError, match=r"tail must be|state"):
+        model(ids, state=small_model(d_model=32).init_state(1))
+    with pytest.raises(ValueError, match="B must be 1, got 2"):
+        model(ids.expand(2, -1), cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor"):
+        model(ids, cu_seqlens=[0, 8])
     for bad in ([0, 9], [1, 8], [0, 5, 3, 8], [0]):
         with pytest.raises(ValueError, match="cu_seqlens"):
             model(ids, cu_seqlens=torch.tensor(bad))
@@ -203,6 +215,14 @@ def test_bad_labels_states_boundaries_and_lengths_are_refused() -> None:
     assert model(packed, cu_seqlens=torch.tensor([0, 8, 12])).logits.shape == (1, 12, 11)
     with pytest.raises(ValueError, match="a sequence of 9 tokens"):
         model(packed, cu_seqlens=torch.tensor([0, 9, 12]))
+
+
+def test_what_is_no_spec_or_no_dtype_for_weights_is_refused() -> None:
+    for function in (build_model, account):
+        with pytest.raises(TypeError, match=r"expected a Spec, got str; load_spec\('carve-tiny'\) gives one"):
+            function("carve-tiny")
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got torch\.int8"):
+        build_model(small_spec(), dtype=torch.int8)
 
 
 def test_a_small_model_learns_to_count() -> None:

@@ -101,6 +101,12 @@ def test_an_explosion_is_refused_before_it_is_expanded(text: str) -> None:
         parse_pattern(text)
 
 
+def test_a_layer_of_too_many_mixers_is_refused() -> None:
+    assert len(parse_pattern("+".join("a" * 64))[0]) == 64
+    with pytest.raises(SpecError, match="more than 64 mixers in one layer"):
+        parse_pattern("+".join("a" * 100_000))
+
+
 def test_any_depth_of_parentheses_is_read() -> None:
     assert parse_pattern("(" * 50_000 + "a" + ")" * 50_000) == (("a",),)
 
