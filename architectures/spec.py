@@ -18,7 +18,7 @@ from hybridzoo.architectures.interpolation import interpolate
 from hybridzoo.architectures.pattern import is_name, parse_pattern
 from hybridzoo.blocks.ffn import FfnConfig
 from hybridzoo.mixers.base import MixerConfig
-from hybridzoo.mixers.registry import entry_of, get_entry, list_mixers, mixer_config, parse_mixer
+from hybridzoo.mixers.registry import GATE_FLAGS, entry_of, get_entry, list_mixers, mixer_config, parse_mixer
 from hybridzoo.mixers.schema import SpecError, convert, nearest, unknown
 
 
@@ -271,7 +271,7 @@ class _Mixers:
         if "d_model" in own:
             raise SpecError(f"{where}.d_model: every mixer has the spec's own d_model; leave it out")
         for word in own:
-            if word not in entry.words:
+            if word not in entry.words and word not in GATE_FLAGS:  # a missing gate has an error of its own
                 raise unknown(where, "key", word, [known for known in entry.words if known != "d_model"])
         defaults = {k: v for k, v in self.written.mixer_defaults.items() if k in entry.words and k not in own}
         try:

@@ -159,6 +159,7 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
         ("tie_embeddings=yes", "tie_embeddings: expected true or false, got 'yes'"),
         ("mixers.c.erase=tokn", "mixers.c.erase: 'tokn' is not one of none, token, content (did you mean 'token'?)"),
         ("mixers.c.n_head=4", "mixers.c: unknown key 'n_head'"),
+        ("mixers.a.erase=token", "mixers.a.erase: 'attention' has no gate flag 'erase'"),
         ("mixers.c.n_head=4", "(did you mean 'n_heads'?)"),
         ("mixers.c.type=crave", "mixers.c.type: unknown mixer 'crave'"),
         ("mixers.c.type=crave", "(did you mean 'carve'?)"),
