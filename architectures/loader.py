@@ -73,7 +73,7 @@ def _resolved(files: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[s
     try:
         return resolve(interpolate(merged.data))
     except SpecError as error:
-        raise SpecError(f"{merged.origin_of(str(error), where)}: {error}") from None
+        raise SpecError(merged.placed(str(error), where)) from None
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
@@ -101,8 +101,14 @@ def _find(given: str) -> tuple[Path, str]:
         return Path(given), given
     if os.sep in given:
         raise SpecError(f"{given}: the path of a spec ends in .yaml")
+    _not_a_file(given, Path(), "")
     path = spec_path(given)
     return path, path.name
+
+
+def _not_a_file(name: str, folder: Path, prefix: str) -> None:
+    if name not in list_specs() and (folder / f"{name}.yaml").exists():
+        raise SpecError(f"{prefix}no spec '{name}' is shipped; the file of that name is '{name}.yaml'")
 
 
 def _chain(path: Path, where: str, opened: list[Path]) -> list[tuple[str, dict[str, Any]]]:
@@ -122,13 +128,16 @@ def _based(data: dict[str, Any], path: Path, where: str, opened: list[Path]) -> 
     if not isinstance(base, str):
         raise SpecError(f"{where}: base: expected the name of a shipped spec or a path, got {base!r}")
     if not base.endswith(_SUFFIXES):
+        _not_a_file(base, path.parent, f"{where}: base: ")
         base_path = spec_path(base, f"{where}: base")
         base_where = base_path.name
     else:
         base_path = path.parent / base
         base_where = os.path.relpath(base_path)
         if not base_path.exists():
-            raise SpecError(f"{where}: base: no such file '{base}' beside {path.name}")
+            raise SpecError(
+                f"{where}: base: no such file '{base}' beside {path.name}{nearest(Path(base).stem, list_specs())}"
+            )
     return [*_chain(base_path, base_where, [*opened, path.resolve()]), (where, data)]
 
 
@@ -166,6 +175,12 @@ class _Merged:
             origins.update(dict.fromkeys(_paths(value), f"override '{_short(text)}'"))
         self.lay(layer, "overrides")
         self.origins.update(origins)
+
+    def placed(self, message: str, file: str) -> str:
+        """Put what gave the key at fault before an error message, and what gave the width that it met behind it."""
+        origin, width = self.origin_of(message, file), self.origins.get("d_model", file)
+        note = f" (d_model from {width})" if " d_model " in message and width != origin else ""
+        return f"{origin}: {message}{note}"
 
     def origin_of(self, message: str, file: str) -> str:
         """Return what gave the key that an error message starts with: a file or an override.

@@ -130,6 +130,8 @@ class HybridLM(nn.Module):
         self._check_ids(ids)
         self._check_lengths(ids, cu_seqlens)
         states = (None,) * len(self.blocks) if state is None else state
+        if not isinstance(states, tuple | list):
+            raise TypeError(f"state: expected the state of a model, got {type(states).__name__}")
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected one for each of {len(self.blocks)} layers, got {len(states)}")
         x = self.embedding(ids)

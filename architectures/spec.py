@@ -194,7 +194,7 @@ def _check_shape(data: Mapping[str, Any]) -> None:
         raise SpecError(f"layers: expected a pattern, as in {_PATTERN}, got {pattern!r}")
     mixers = data.get("mixers", {})
     if not isinstance(mixers, Mapping):
-        raise SpecError(f"mixers: expected names with their mixers, as in {{c: {_ENTRY}}}, got {mixers!r}")
+        raise SpecError(f"mixers: expected names with their mixers, as in {{c: {_ENTRY}}}, got {mixers or 'nothing'}")
     for label, item in mixers.items():
         if not is_name(str(label)):
             raise SpecError(f"mixers: '{label}' cannot stand in a pattern: a name is letters, digits, '_', '-' or '.'")

@@ -173,6 +173,8 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
             "mixers.kda: no type, such as {type: carve, n_heads: 4}; for the mixer of that name, {",
         ),
         ("mixers=3", "mixers: expected names with their mixers, as in {c: {type: carve, n_heads: 4}}, got 3"),
+        ("mixers=null", "mixers: expected names with their mixers, as in {c: {type: carve, n_heads: 4}}, got nothing"),
+        ("ffn=null", "ffn: expected a mapping of keys to values, got null"),
         ("mixers.c=3", "mixers.c: expected a mixer, as in {type: carve, n_heads: 4}, got 3"),
         ("mixers.c=null", "mixers.c: expected a mixer, as in {type: carve, n_heads: 4}, got nothing"),
         ("mixers={c 1: kda}", "mixers: 'c 1' cannot stand in a pattern: a name is letters, digits"),
@@ -230,6 +232,16 @@ def test_an_error_names_the_file_in_which_the_key_stands(write) -> None:
     assert refusal(top, ["mixers.c.erase=none"]).startswith("sub/top.yaml: mixers.a: unknown key 'windw'")
 
 
+def test_a_width_that_does_not_fit_says_where_it_comes_from(write) -> None:
+    path = write("x.yaml")
+    message = refusal(path, ["d_model=31"])
+    assert message == (
+        "x.yaml: mixers.a.n_heads: 2 does not divide d_model 31, and head_dim is not set "
+        "(d_model from override 'd_model=31')"
+    )
+    assert "(d_model from" not in refusal(write("y.yaml", BASE.replace("d_model: 32", "d_model: 31")))
+
+
 def test_a_spec_without_layers_or_sizes_is_refused(write) -> None:
     assert "x.yaml: layers: missing" in refusal(write("x.yaml", "d_model: 8"))
     assert "x.yaml: unknown key 'n_layers'" in refusal(write("x.yaml", "d_model: 8\nn_layers: 3"))
@@ -253,6 +265,12 @@ def test_a_base_that_leads_nowhere_or_in_a_circle_is_refused(write) -> None:
         "x.yaml: base: no spec 'carv-tiny' (did you mean 'carve-tiny'?)"
     )
     assert refusal(write("x.yaml", "base: y.yaml")) == "x.yaml: base: no such file 'y.yaml' beside x.yaml"
+    assert refusal(write("x.yaml", "base: kda-tiny.yaml")).endswith("beside x.yaml (did you mean 'kda-tiny'?)")
+    assert refusal(write("sub/y.yaml", "base: z")).startswith("sub/y.yaml: base: no spec 'z'; shipped: ")
+    write("sub/z.yaml")
+    says = "no spec 'z' is shipped; the file of that name is 'z.yaml'"
+    assert refusal("sub/y.yaml") == f"sub/y.yaml: base: {says}"
+    assert refusal("x") == says.replace("z", "x")
     assert refusal(write("x.yaml", "base: 3")).startswith("x.yaml: base: expected the name of a shipped spec or a path")
     write("y.yaml", "base: z.yaml")
     write("z.yaml", "base: x.yaml")

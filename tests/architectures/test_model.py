@@ -200,6 +200,8 @@ def test_bad_labels_states_boundaries_and_lengths_are_refused() -> None:
         model(ids, state=model.init_state(2))
     with pytest.raises((TypeError, ValueError), match="state"):
         model(ids, state=model.init_state(1)[::-1])
+    with pytest.raises(TypeError, match="state: expected the state of a model, got Tensor"):
+        model(ids, state=model(ids).logits)
     with pytest.raises(ValueError, match=r"tail must be|state"):
         model(ids, state=small_model(d_model=32).init_state(1))
     with pytest.raises(ValueError, match="B must be 1, got 2"):
