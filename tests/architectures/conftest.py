@@ -28,12 +28,12 @@ def shallow() -> Callable[..., HybridLM]:
 
     def build(name: str, overrides: Sequence[str] = (), dtype: torch.dtype = torch.float64) -> HybridLM:
         spec = load_spec(name, overrides)
-        shallow = dataclasses.replace(spec, layers=spec.layers[-2:])
-        assert {layer.label for layer in shallow.layers} == {layer.label for layer in spec.layers}
+        end = dataclasses.replace(spec, layers=spec.layers[-2:])
+        assert {layer.label for layer in end.layers} == {layer.label for layer in spec.layers}
         torch.manual_seed(0)
-        model = build_model(shallow, dtype=dtype)
-        for name, parameter in model.named_parameters():
-            if name.endswith("content_up"):  # zero at init, which would leave CARVE's readout untested
+        model = build_model(end, dtype=dtype)
+        for key, parameter in model.named_parameters():
+            if key.endswith("content_up"):  # zero at init, which would leave CARVE's readout untested
                 nn.init.normal_(parameter, std=0.5)
         return model
 

@@ -202,12 +202,14 @@ def test_decoding_flops_are_what_torch_counts_and_what_it_does_not_see(any_spec:
 
 
 @pytest.mark.parametrize("name", default_cases())
-def test_every_registered_mixer_counts_at_least_what_torch_counts(name: str) -> None:
+def test_every_registered_mixer_has_its_parameters_counted_and_at_least_the_flops_torch_sees(name: str) -> None:
     words = words_for(name)
     data = {"name": "s", "d_model": words.pop("d_model"), "vocab_size": 5, "mixers": {"m": {"type": name, **words}}}
     model = build_model(Spec.from_dict({**data, "layers": "m*2"}), device="meta")
     seen, _, _ = counted(model, 64)
-    said = 64 * account(model.spec, 64).train_flops_per_token / 3
+    cost = account(model.spec, 64)
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    said = 64 * cost.train_flops_per_token / 3
     assert seen.total() - seen["aten.bmm"] <= said < 2 * seen.total()
 
 
