@@ -74,7 +74,8 @@ def _list_mixers(as_json: bool) -> None:
     console.print(table)
     console.print("Each flag may be changed: [bold]carve\\[erase=token,predict=decayed][/]. Its values:")
     for flag in GATE_FLAGS:
-        choices = {choice: None for entry in entries if flag in entry.flags for choice in entry.flags[flag].choices}
+        # The recurrence's own list; a mixer that fixes its gates, such as Mamba-2, allows a part of it.
+        choices = max((entry.flags[flag].choices for entry in entries if flag in entry.flags), key=len)
         console.print(f"  [bold]{flag:<8}[/] {', '.join(_said(choice) for choice in choices)}")
     if not all(entry.stable for entry in entries):
         console.print("* unstable: left out of sweeps over the registry")

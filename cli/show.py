@@ -71,6 +71,8 @@ def _print_head(console: Console, spec: Spec, cost: Account) -> None:
     width = max(len(label) for label in used)
     for label, config in used.items():
         console.print(f"  [bold]{escape(label.ljust(width))}[/]  {escape(_described(config))}", soft_wrap=True)
+        if config.caveat is not None:
+            console.print(f"  {' ' * width}  [yellow]{escape(config.caveat)}[/]", soft_wrap=True)
 
 
 def _print_layers(console: Console, spec: Spec, cost: Account) -> None:

@@ -70,6 +70,11 @@ def test_every_flag_of_every_mixer_is_shown(run):
     assert "carve[decay=channel,erase=token,correct=tied,write=scalar,predict=stored]" in out
 
 
+def test_a_setting_that_is_known_to_diverge_is_marked(run):
+    assert "unstable" in run("show", "carve-tiny", "mixers.c.qk_norm=none").stdout
+    assert "unstable" not in run("show", "carve-tiny").stdout
+
+
 def test_the_cost_as_data_is_the_account_at_that_context(run):
     data = json.loads(run("show", "carve-hybrid-tiny", "layers=(c*7 a)", "--context", "1000", "--json").stdout)
     cost = account(load_spec("carve-hybrid-tiny", ["layers=(c*7 a)"]), context=1000)
