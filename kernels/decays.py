@@ -158,9 +158,10 @@ class ChannelDecay(NoDecay):
     def __init__(self, log_decay: Tensor, stored: bool) -> None:
         self.stored = stored
         self.log_decay = log_decay.clamp(min=RESET)
-        for _ in self._levels():
-            pass
-        self.start, self.start_predicted, self.to_last = (x.exp() for x in self._sums)
+        start = self.log_decay.cumsum(1)
+        self.start = start.exp()
+        self.start_predicted = F.pad(self.start[:, :-1], (0, 0, 1, 0), value=1.0) if stored else self.start
+        self.to_last = _later(self.log_decay, 1, inclusive=False).exp_()
         self.total = self.start[:, -1, :, None]
 
     def from_start(self, q: Tensor) -> Tensor:
@@ -189,7 +190,6 @@ class ChannelDecay(NoDecay):
                 before_[:, :, 1] += upto_[:, :, 0, -1:]
             upto_[:, :, 1] += upto_[:, :, 0, -1:]
             h *= 2
-        self._sums = upto, before, after
 
     def pairs(self, q: Tensor, ek: Tensor | None, k: Tensor) -> Pairs:
         G, C, _ = q.shape
