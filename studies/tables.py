@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from hybridzoo.studies.findings import Cell, Findings, on_frontier
+from hybridzoo.training import History
 
 Value: TypeAlias = str | int | float | bool | None
 
@@ -88,7 +89,7 @@ def trial_table(findings: Findings) -> Table:
                 *(trial.task, trial.stack, trial.seed, result.get("status", "missing"), metric),
                 result.get("metrics", {}).get(metric),
                 result.get("seconds"),
-                result.get("history", {}).get("tokens_per_second"),
+                History.from_dict(result["history"]).tokens_per_second if result.get("history") else None,
                 result.get("error", ""),
                 trial.key,
             )

@@ -86,7 +86,7 @@ def run_job(job: Job, send: Send) -> dict[str, Any]:
         trial,
         status="finished",
         metrics=history.metrics,
-        history={**history.to_dict(), "tokens_per_second": history.tokens_per_second},
+        history=history.to_dict(),
         seconds=time.perf_counter() - started,
         environment=environment(history.device),
     )

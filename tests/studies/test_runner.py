@@ -1,0 +1,308 @@
+"""A study goes on where it stopped, however it stopped, and one bad trial or file costs no other."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from hybridzoo.mixers import SpecError
+from hybridzoo.studies import make_plan, read_findings, read_plan, read_trials, run_study, study_from, write_report
+from hybridzoo.studies import runner as runner_module
+from hybridzoo.studies.display import Display, LiveDisplay, PlainDisplay, format_seconds
+from hybridzoo.studies.results import read_result
+
+SMALL = {
+    "name": "small",
+    "spec": {
+        "d_model": 8,
+        "mixers": {"a": {"type": "attention", "n_heads": 1}, "d": {"type": "delta_net", "n_heads": 1, "head_dim": 8}},
+        "ffn": {"type": "gelu", "width": 8},
+    },
+    "stacks": {"attention": {"layers": "a"}, "delta": {"layers": "d"}},
+    "seeds": [0, 1],
+    "tasks": {
+        "recall": {
+            "type": "mqar",
+            "pairs": 2,
+            "keys": 4,
+            "values": 4,
+            "examples": 8,
+            "quick_examples": 8,
+            "train": {"steps": 4, "batch_size": 2, "eval_every": 2, "log_every": 1, "lr": 1e-2},
+        }
+    },
+}
+# One stack whose training diverges at once; the other trains as ever.
+DIVERGING = {**SMALL, "stacks": {"fine": {"layers": "a"}, "burst": {"layers": "a", "init.std": 1e30}}}
+
+
+class Recorder(Display):
+    """Keeps the names of trials that ended, and every note."""
+
+    def __init__(self):
+        self.ran, self.notes = [], []
+
+    def ended(self, trial, result):
+        self.ran.append(trial.title)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run(data, folder, **words):
+    display = Recorder()
+    return run_study(study_from(data), folder, **{"processes": 0, "display": display, **words}), display
+
+
+def scores(folder):
+    results, faults = read_trials(folder, read_plan(folder))
+    assert not faults
+    return {(r["stack"], r["task"], r["seed"]): r["metrics"] for r in results}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What an undisturbed run gives."""
+    folder = tmp_path_factory.mktemp("finished")
+    done, _ = run(SMALL, folder)
+    assert (done.finished, done.reused, done.failed) == (4, 0, ())
+    return scores(folder)
+
+
+def test_a_second_call_trains_nothing_and_changes_nothing(tmp_path, finished):
+    run(SMALL, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").iterdir()}
+    again, display = run(SMALL, tmp_path)
+    assert (again.finished, again.reused) == (0, 4)
+    assert not display.ran
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").iterdir()} == before
+    assert scores(tmp_path) == finished
+
+
+def test_workers_and_this_process_find_the_same_scores(tmp_path, finished):
+    done, _ = run(SMALL, tmp_path, processes=2, threads=1)
+    assert done.finished == 4
+    assert scores(tmp_path).keys() == finished.keys()
+    for trial, metrics in scores(tmp_path).items():
+        assert metrics == pytest.approx(finished[trial])
+
+
+def test_only_what_is_new_in_a_changed_study_is_trained(tmp_path):
+    run(SMALL, tmp_path)
+    more = {**SMALL, "seeds": [0, 1, 2]}
+    done, display = run(more, tmp_path)
+    assert (done.finished, done.reused) == (2, 4)
+    assert display.ran == ["attention · recall · seed 2", "delta · recall · seed 2"]
+
+
+SCRIPT = """
+import json, sys
+from hybridzoo.studies import run_study, study_from
+from hybridzoo.studies.display import PlainDisplay
+if __name__ == "__main__":
+    data = json.loads(sys.argv[2])
+    run_study(study_from(data), sys.argv[1], processes=int(sys.argv[3]), threads=1, display=PlainDisplay(sys.stdout))
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_study_killed_in_the_middle_goes_on_where_it_stopped(tmp_path, processes):
+    data = {**SMALL, "seeds": list(range(12))}
+    script, folder = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, "-P", str(script), str(folder), json.dumps(data), str(processes)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("[ 3/24]"):
+                break
+        os.kill(process.pid, signal.SIGKILL)
+    # Workers whose parent was killed find their pipe closed; until then they may still finish what they were given.
+    deadline = time.monotonic() + 20
+    while _alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(process.pid), "workers outlive the study that was killed"
+    kept = {path.name: path.read_bytes() for path in (folder / "trials").glob("*.json")}
+    assert 3 <= len(kept) < 24
+    done, display = run(data, folder)
+    assert done.reused == len(kept)
+    assert done.finished == 24 - len(kept)
+    assert len(display.ran) == done.finished
+    for name, content in kept.items():
+        assert (folder / "trials" / name).read_bytes() == content
+    assert not list((folder / "trials").glob(".*.tmp"))
+    assert len(scores(folder)) == 24
+
+
+def _alive(group):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
+    class Impatient(Recorder):
+        def ended(self, trial, result):
+            super().ended(trial, result)
+            if len(self.ran) == 2:
+                raise KeyboardInterrupt
+
+    display = Impatient()
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, tmp_path, display=display)
+    assert any("2 of 4 trials are on disk, and the same command goes on from there" in note for note in display.notes)
+    done, _ = run(SMALL, tmp_path)
+    assert (done.finished, done.reused) == (2, 2)
+
+
+def test_a_failing_trial_is_recorded_with_its_error_and_the_rest_run(tmp_path):
+    done, _ = run(DIVERGING, tmp_path)
+    assert done.finished == 2
+    assert [title for title, _ in done.failed] == ["burst · recall · seed 0", "burst · recall · seed 1"]
+    assert all("DivergedError: step 1 of 4" in error for _, error in done.failed)
+    results, _ = read_trials(tmp_path, read_plan(tmp_path))
+    failed = [result for result in results if result["status"] == "failed"]
+    assert len(failed) == 2
+    assert "Traceback" in failed[0]["traceback"]
+
+
+def test_failed_trials_are_tried_again_unless_told_otherwise(tmp_path):
+    run(DIVERGING, tmp_path)
+    left, display = run(DIVERGING, tmp_path, retry_failed=False)
+    assert (left.finished, left.reused) == (0, 4)
+    assert not display.ran
+    again, display = run(DIVERGING, tmp_path)
+    assert len(again.failed) == 2
+    assert display.ran == ["burst · recall · seed 0", "burst · recall · seed 1"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xff\x00" * 50),
+        lambda path: path.write_text(path.read_text().replace('"accuracy": ', '"accuracy": 1')),
+    ],
+    ids=["cut short", "empty", "not text", "another score"],
+)
+def test_a_damaged_result_is_named_kept_aside_and_run_again(tmp_path, finished, damage):
+    run(SMALL, tmp_path)
+    victim = next((tmp_path / "trials").glob("delta--recall--seed1--*.json"))
+    damage(victim)
+    damaged = victim.read_bytes()
+    findings = read_findings(tmp_path)
+    assert len(findings.faults) == 1
+    assert victim.name in findings.faults[0]
+    assert findings.cells["recall"]["delta"].seeds == (0,)
+    done, display = run(SMALL, tmp_path)
+    assert (done.finished, done.reused) == (1, 3)
+    assert any(note.startswith("will be run again") and victim.name in note for note in display.notes)
+    assert victim.with_suffix(".corrupt").read_bytes() == damaged
+    assert scores(tmp_path) == finished
+
+
+def test_a_result_of_another_trial_under_this_name_is_not_taken_for_its_own(tmp_path):
+    run(SMALL, tmp_path)
+    one, two = (next((tmp_path / "trials").glob(f"delta--recall--seed{seed}--*.json")) for seed in (0, 1))
+    two.write_bytes(one.read_bytes())
+    assert "the result of another trial" in read_findings(tmp_path).faults[0]
+
+
+def test_leftovers_of_a_killed_writer_go_and_the_plan_is_written_anew(tmp_path):
+    run(SMALL, tmp_path)
+    (tmp_path / "trials" / ".half.json.abc.tmp").write_text('{"sta')
+    (tmp_path / "study.json").write_text('{"study": ')
+    with pytest.raises(SpecError, match=r"study\.json: cannot be read .*running the study again"):
+        read_plan(tmp_path)
+    done, _ = run(SMALL, tmp_path)
+    assert done.reused == 4
+    assert not list((tmp_path / "trials").glob(".*.tmp"))
+    assert read_plan(tmp_path) == make_plan(study_from(SMALL))
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(SpecError, match=r"no study\.json here"):
+        write_report(tmp_path)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with runner_module._only_one(_made(tmp_path)), pytest.raises(RuntimeError, match="another process is running"):
+        run(SMALL, tmp_path)
+    assert run(SMALL, tmp_path)[0].finished == 4
+
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_every_stack_is_saved_as_a_spec_that_builds_the_same_model(tmp_path):
+    from hybridzoo.architectures import account, load_spec
+
+    run(SMALL, tmp_path)
+    plan = read_plan(tmp_path)
+    for stack in plan.stacks:
+        spec = load_spec(tmp_path / "specs" / f"{stack.label}.yaml")
+        assert account(spec).parameters == stack.parameters["recall"]
+
+
+def test_a_result_says_what_it_was_made_with(tmp_path):
+    run(SMALL, tmp_path)
+    made = read_result(next((tmp_path / "trials").glob("*.json")))["environment"]
+    assert made["torch"] == torch.__version__
+    assert made["device"] == "cpu"
+    assert made["threads"] >= 1
+    assert {"hybridzoo", "commit", "python", "device_name", "cores"} <= made.keys()
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(SMALL, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_plain_output_is_one_line_a_trial_without_control_codes(tmp_path):
+    text = io.StringIO()
+    run(SMALL, tmp_path, display=PlainDisplay(text))
+    lines = text.getvalue().splitlines()
+    assert "\x1b" not in text.getvalue()
+    assert [line[:5] for line in lines if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert all(" % in " in line for line in lines if line.startswith("["))
+    text = io.StringIO()
+    run(SMALL, tmp_path, display=PlainDisplay(text))
+    assert "4 of 4 trials are already finished" in text.getvalue()
+
+
+def test_a_terminal_sees_bars_and_every_trial_that_ended(tmp_path):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=140, height=30)
+    run(DIVERGING, tmp_path, display=LiveDisplay(console))
+    shown = text.getvalue()
+    assert "\x1b[" in shown
+    assert "all trials" in shown
+    assert "4/4" in shown
+    assert shown.count("✓") == 2
+    assert shown.count("FAILED: DivergedError") == 2
+
+
+def test_seconds_are_said_as_people_say_them():
+    said = [format_seconds(seconds) for seconds in (0.4, 59.4, 59.6, 200, 3600, 7500)]
+    assert said == ["0 s", "59 s", "1 min 00 s", "3 min 20 s", "1 h 00 min", "2 h 05 min"]
