@@ -19,6 +19,11 @@ def score(shown: Shown, value: float) -> str:
     return f"{100 * value:.1f} %" if shown.percent else f"{value:.3f}"
 
 
+def gap(shown: Shown, value: float) -> str:
+    """Return the distance between two scores for a sentence: `62.8 points` (of a percentage), or `0.076`."""
+    return f"{100 * value:.1f} points" if shown.percent else f"{value:.3f}"
+
+
 def joined(words: Sequence[str]) -> str:
     """Return `a`, `a and b` or `a, b and c`."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
@@ -103,8 +108,8 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
     whole = max(means) - min(means)
     if whole <= 2 * noise:
         return [
-            f"Along the ratio of attention to {name} the means differ by {score(shown, whole)}, no more than twice "
-            f"what two seeds of one stack do ({score(shown, noise)}): flat, as far as this can tell."
+            f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, no more than twice "
+            f"what two seeds of one stack do ({gap(shown, noise)}): flat, as far as this can tell."
         ]
     steps = [(sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)]
     jump, before, after = max(steps, key=lambda step: abs(step[0]))
@@ -112,8 +117,8 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
     return [
         _best_ratio(shown, name, curve),
         f"Along the ratio of attention to {name}, the largest change is from {_share(before)} to {_share(after)} "
-        f"attention, which {verb} {score(shown, abs(jump))} ({score(shown, before.mean)} to "
-        f"{score(shown, after.mean)}) of the {score(shown, whole)} between the best and the worst mixture.",
+        f"attention, which {verb} {gap(shown, abs(jump))} ({score(shown, before.mean)} to "
+        f"{score(shown, after.mean)}) of the {gap(shown, whole)} between the best and the worst mixture.",
     ]
 
 
@@ -146,10 +151,10 @@ def training_notes(findings: Findings, task: str) -> list[str]:
         return []
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
     moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
-    still = [f"{cell.stack.label} (by {score(shown, gain)})" for cell, gain in moving if gain > threshold]
+    still = [f"{cell.stack.label} (by {gap(shown, gain)})" for cell, gain in moving if gain > threshold]
     if not still:
         return [
-            f"On {task}, no stack improved by more than {score(shown, threshold)} over the last fifth of its training."
+            f"On {task}, no stack improved by more than {gap(shown, threshold)} over the last fifth of its training."
         ]
     return [
         f"On {task}, still improving over the last fifth of training: {joined(still)}. Their scores are what this "

@@ -1,0 +1,357 @@
+"""A report loads nothing, says what the numbers say, and is written of whatever results there are."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import itertools
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hybridzoo.studies import gather, read_findings, write_report
+from hybridzoo.studies import report as report_module
+from hybridzoo.studies.findings import families
+from hybridzoo.studies.results import write_json, write_result
+from hybridzoo.studies.sentences import headline, limits, training_notes
+from hybridzoo.studies.stats import summarise
+from hybridzoo.studies.style import looks
+from hybridzoo.studies.tables import all_tables
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its text, and whether every tag is closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.images, self.texts, self.links, self.tags = [], [], [], [], [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        words = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name in ("src", "srcset", "data", "poster", "background"):
+            if name in words:
+                self.loads.append(words[name])
+        if tag == "img":
+            self.images.append(words)
+        if tag == "a":
+            self.links.append(words)
+        assert not any(name.startswith("on") for name in words)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Write made-up results as a run would, report on them, and return the page; pictures only where asked for."""
+
+    def write(plan, results, damage=None, draw=False):
+        if not draw:  # drawing takes most of a report's time
+            monkeypatch.setattr(report_module, "draw_all", lambda findings: {})
+        write_json(tmp_path / "study.json", plan.to_dict())
+        names = {trial.key: trial.file_name for trial in plan.trials}
+        for result in results:
+            write_result(tmp_path / "trials" / names[result["key"]], result)
+        if damage:
+            damage(tmp_path)
+        report = write_report(tmp_path)
+        assert report == tmp_path / "report.html"
+        return Page(report.read_text(encoding="utf-8"))
+
+    write.folder = tmp_path
+    return write
+
+
+def rows(folder, stem):
+    with open(folder / "tables" / f"{stem}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def failed(result, error="ValueError: no"):
+    return {**result, "status": "failed", "metrics": {}, "history": {}, "error": error, "traceback": "Traceback: x"}
+
+
+def test_a_page_holds_all_it_shows_and_loads_nothing(written, make_results):
+    page = written(*make_results(), draw=True)
+    assert len(page.images) == 6
+    for image in page.images:
+        kind, _, encoded = image["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        content = base64.b64decode(encoded)
+        assert content.startswith(b"\x89PNG")
+        assert image["alt"]
+    assert all(source.startswith("data:") for source in page.loads)
+    assert all(link["href"].startswith("data:text/csv") for link in page.links)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    text = (written.folder / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_pictures_and_tables_lie_beside_the_page_and_are_the_same(written, make_results):
+    page = written(*make_results(), draw=True)
+    files = {path.stem: path.read_bytes() for path in (written.folder / "figures").glob("*.png")}
+    assert set(files) == {"ratio", "levels-recall", "frontier", "learning-recall", "learning-text", "parameters"}
+    assert {base64.b64decode(image["src"].partition(",")[2]) for image in page.images} == set(files.values())
+    for link in page.links:
+        inside = base64.b64decode(link["href"].partition(",")[2])
+        assert inside == (written.folder / "tables" / link["download"]).read_bytes()
+    assert {link["download"] for link in page.links} == {"stacks.csv", "trials.csv", "levels.csv", "learning.csv"}
+
+
+def test_the_tables_hold_exactly_what_the_results_hold(written, make_results):
+    plan, results = make_results()
+    written(plan, results)
+    by_trial = {(r["task"], r["stack"], r["seed"]): r for r in results}
+    trials = rows(written.folder, "trials")
+    assert len(trials) == len(results)
+    for row in trials:
+        result = by_trial[row["task"], row["stack"], int(row["seed"])]
+        assert float(row["score"]) == result["metrics"][row["metric"]]
+        assert float(row["seconds"]) == result["seconds"]
+    for row in rows(written.folder, "stacks"):
+        runs = [by_trial[row["task"], row["stack"], seed]["metrics"][row["metric"]] for seed in (0, 1)]
+        summary = summarise(runs)
+        assert float(row["mean"]) == summary.mean
+        assert (float(row["low_95"]), float(row["high_95"])) == (summary.low, summary.high)
+        (stack,) = [one for one in plan.stacks if one.label == row["stack"]]
+        assert int(row["parameters"]) == stack.parameters[row["task"]]
+        assert int(row["state_bytes"]) == stack.state_bytes
+        assert float(row["attention_share"]) == stack.attention
+    for row in rows(written.folder, "levels"):
+        metric = "accuracy" if row["level"] == "32" else f"accuracy@{row['level']}"
+        assert float(row["score"]) == by_trial["recall", row["stack"], int(row["seed"])]["metrics"][metric]
+    points = sum(len(result["history"]["evaluations"]) for result in results)
+    assert len(rows(written.folder, "learning")) == points
+
+
+def test_the_frontier_is_of_stacks_that_no_other_beats_on_both(written, make_results):
+    written(*make_results())
+    for task, sign in (("recall", 1), ("text", -1)):
+        points = [
+            (int(row["state_bytes"]), sign * float(row["mean"]), row["on_frontier"] == "True")
+            for row in rows(written.folder, "stacks")
+            if row["task"] == task
+        ]
+        for cost, value, best in points:
+            beaten = any(c <= cost and v >= value and (c, v) != (cost, value) for c, v, _ in points)
+            assert best is not beaten
+
+
+def test_names_from_a_study_are_shown_and_never_run(written, make_results):
+    from dataclasses import replace
+
+    nasty = '<script>alert("x")</script><img src=http://evil/x>'
+    rows_ = [(nasty, "carve", 0.0, 0.5, 2.4), ("attention", "attention", 1.0, 0.9, 2.5)]
+    plan, results = make_results(rows=rows_)
+    plan = replace(plan, study={**plan.study, "name": nasty, "about": nasty}, excluded=((nasty, nasty),))
+    results[1] = failed(results[1], nasty)
+    page = written(plan, results, draw=True)
+    assert not page.tags & {"script"}
+    assert all(image["src"].startswith("data:") for image in page.images)
+    assert nasty in page.text
+
+
+@pytest.mark.parametrize("kept", [1, 20])
+def test_a_part_of_a_study_is_reported_as_a_part(written, make_results, kept):
+    plan, results = make_results()
+    page = written(plan, results[:kept], draw=True)
+    assert f"{kept} of 28 trials finished" in page.text
+    assert f"{28 - kept} trials have no result yet: this report shows a part" in page.text
+    assert plan.trials[-1].title in page.text
+    assert {row["status"] for row in rows(written.folder, "trials")} == {"finished", "missing"}
+
+
+def test_a_study_without_any_result_is_reported_too(written, make_results):
+    plan, _ = make_results()
+    page = written(plan, [], draw=True)
+    assert "On recall no trial has finished." in page.text
+    assert "0 of 28 trials finished" in page.text
+
+
+def test_when_all_failed_the_report_says_why(written, make_results):
+    plan, results = make_results()
+    page = written(plan, [failed(result, f"OddError: number {i}") for i, result in enumerate(results)], draw=True)
+    assert "28 trials failed." in page.text
+    assert "OddError: number 27" in page.text
+    assert "Traceback: x" in page.text
+
+
+def test_one_failed_seed_leaves_the_other_in_the_means(written, make_results):
+    plan, results = make_results()
+    results[0] = failed(results[0])
+    written(plan, results)
+    (row,) = [r for r in rows(written.folder, "stacks") if (r["task"], r["stack"]) == ("recall", "attention")]
+    assert row["seeds"] == "1"
+    assert row["low_95"] == ""
+    assert float(row["mean"]) == results[14]["metrics"]["accuracy"]
+
+
+def test_one_seed_has_no_interval_and_the_report_says_what_that_means(written, make_results):
+    page = written(*make_results(seeds=(0,)), draw=True)
+    assert "1 seed," not in page.text
+    assert "One seed says nothing of chance" in page.text
+    assert all(row["low_95"] == "" for row in rows(written.folder, "stacks"))
+
+
+def test_damaged_results_are_named_and_left_out(written, make_results):
+    plan, results = make_results()
+
+    def damage(folder):
+        victim = folder / "trials" / plan.trials[0].file_name
+        victim.write_bytes(victim.read_bytes()[:100])
+        (folder / "trials" / "older.corrupt").write_text("{")
+
+    page = written(plan, results, damage)
+    assert "1 result files are damaged and were not used." in page.text
+    assert plan.trials[0].file_name in page.text
+    assert "older.corrupt" in page.text
+    assert "27 of 28 trials finished" in page.text
+
+
+def test_a_later_report_replaces_the_pictures_of_an_earlier_one(written, make_results):
+    plan, results = make_results()
+    written(plan, results, draw=True)
+    for path in (written.folder / "trials").iterdir():
+        path.unlink()
+    written(plan, [], draw=True)
+    assert [path.stem for path in (written.folder / "figures").iterdir()] == ["parameters"]
+
+
+def test_a_stack_left_out_is_listed_with_the_reason(written, make_results):
+    page = written(*make_results(excluded=[("giant", "too large by far")]))
+    assert "giant: too large by far" in page.text
+
+
+def test_the_page_says_what_was_held_equal_and_what_it_was_made_with(written, make_results):
+    page = written(*make_results())
+    assert "no stack further off than 0.67 %" in page.text
+    assert "torch" in page.text
+    assert "made-up" in page.text
+    assert "tolerance: 0.02" in page.text
+    assert "Nothing: the stacks are compared as they were declared." in written(*make_results(hold=False)).text
+
+
+def said(plan, results, task="recall"):
+    return " ".join(headline(gather(plan, results), task))
+
+
+def test_a_cliff_is_found_where_it_is(make_results):
+    words = said(*make_results())
+    assert "the largest change is from 0 % to 25 % attention, which gains" in words
+    assert "gdn2 is last" in words
+
+
+def test_a_flat_curve_is_called_flat(make_results):
+    flat = [(f"s{i}", "carve" if i < 4 else "attention", i / 4, 0.80, 2.4) for i in range(5)]
+    words = said(*make_results(rows=flat, noise=0.03))
+    assert "flat, as far as this can tell" in words
+    assert "largest change" not in words
+    assert "is best on average" in words  # said, but with what the seeds do not separate
+    assert "these seeds do not separate" in words
+
+
+def test_where_lower_is_better_the_sentences_turn_round(make_results):
+    words = said(*make_results(), "text")
+    assert "gdn2 is best on average" in words
+    assert "attention is last" in words
+    assert "which loses" in words
+
+
+def test_the_best_ratio_comes_with_those_that_seeds_do_not_separate(make_results):
+    words = said(*make_results())
+    (ties,) = re.findall(r"is best on average; the seeds do not separate it from ([^.]*)\.", words)
+    assert "0 %" not in ties.replace("50 %", "").replace("100 %", "")
+    apart = [(f"s{i}", "carve" if i < 4 else "attention", i / 4, 0.2 + 0.15 * i, 2.4) for i in range(5)]
+    words = said(*make_results(rows=apart))
+    assert "that with 100 % attention is best on average, ahead of every other by more than its seeds differ" in words
+
+
+def test_a_stack_at_chance_is_called_guessing(make_results):
+    rows_ = [("lost", "carve", 0.0, 0.04, 2.4), ("attention", "attention", 1.0, 0.9, 2.5)]
+    words = said(*make_results(rows=rows_, noise=0.001))
+    assert "No better than guessing (3.1 %): lost." in words
+
+
+def test_a_stack_that_still_learns_is_named(make_results):
+    plan, results = make_results()
+    for result in results:
+        if result["stack"] == "gdn2" and result["task"] == "recall":
+            points = result["history"]["evaluations"]
+            for place, point in enumerate(points):
+                point["metrics"]["accuracy"] = 0.35 * (place + 1) / len(points)
+    (note,) = training_notes(gather(plan, results), "recall")
+    assert "still improving over the last fifth of training" in note
+    assert "gdn2 (by 7" in note
+    assert "what this budget gives" in note
+
+
+def test_a_trained_study_is_not_called_undertrained(make_results):
+    plan, results = make_results()
+    for result in results:
+        for point in result["history"]["evaluations"]:
+            point["metrics"] = {**result["metrics"]}
+    (note,) = training_notes(gather(plan, results), "recall")
+    assert note.startswith("On recall, no stack improved by more than 2.0 points")
+
+
+def test_limits_are_drawn_from_the_facts_of_the_run(make_results):
+    words = " ".join(limits(gather(*make_results())))
+    assert "149 k to 161 k parameters" in words
+    assert "Two seeds bound chance only loosely" in words
+    assert "synthetic task" in words
+    more = " ".join(limits(gather(*make_results(seeds=(0, 1, 2), hold=False))))
+    assert "seeds bound" not in more
+    assert "made equal" not in more
+
+
+def test_a_family_ends_at_the_only_stack_of_attention_alone(make_results):
+    curves = families(gather(*make_results()).of("recall"))
+    assert [cell.stack.attention for cell in curves["carve"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [cell.stack.label for cell in curves["gdn2"]] == ["gdn2"]
+    assert "attention" not in curves
+
+
+def test_every_stack_has_a_look_of_its_own(make_results):
+    many = [(f"s{i}", f"family{i % 3}", (i // 3) / 8, 0.5, 2.4) for i in range(24)]
+    for rows_ in (many[:17], [(f"w{i}", "attention", 1.0, 0.9, 2.5) for i in range(9)]):
+        plan, _ = make_results(rows=rows_)
+        for a, b in itertools.combinations(looks(plan.stacks).values(), 2):
+            assert a != b
+
+
+def test_csv_keeps_every_digit_and_quotes_what_must_be(make_results):
+    label = 'a "quoted", name\nwith a break'
+    plan, results = make_results(rows=[(label, "carve", 0.0, 1 / 3, 2.4)], seeds=(0,))
+    table = all_tables(gather(plan, results))["stacks"]
+    first, *_ = csv.DictReader(io.StringIO(table.to_csv()))
+    assert first["stack"] == label
+    assert float(first["mean"]) == results[0]["metrics"]["accuracy"]
+    assert math.isfinite(float(first["mean"]))
+
+
+def test_findings_read_back_are_those_that_were_written(written, make_results):
+    plan, results = make_results()
+    written(plan, results)
+    read, given = read_findings(written.folder), gather(plan, results)
+    assert all_tables(read) == all_tables(given)
+    assert read.plan == given.plan
