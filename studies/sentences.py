@@ -176,7 +176,7 @@ def limits(findings: Findings) -> list[str]:
         tokens = [history.tokens for cell in findings.of(task) for history in cell.histories]
         if tokens:
             said.append(
-                f"On {task} each trained on {size(max(tokens), 'tokens')}; a longer training may order them otherwise."
+                f"On {task} each trained on {size(max(tokens))} tokens; a longer training may order them otherwise."
             )
     seeds = len(study["seeds"])
     if seeds < 3:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hybridzoo.mixers import SpecError
 from hybridzoo.studies import list_studies, load_study, make_plan, study_from, study_path
+
+# What the README's picture was drawn from.
+RECORDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "quickstart"
 
 MINIMAL = {
     "name": "small",
@@ -47,6 +52,18 @@ def test_the_quickstart_is_what_the_readme_promises():
     for task in plan.shown:
         counts = [stack.parameters[task] for stack in plan.stacks]
         assert max(counts) / min(counts) < 1.02
+
+
+def test_the_recorded_quickstart_is_of_these_stacks_and_separates_them():
+    with open(RECORDED / "stacks.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    plan = make_plan(load_study("quickstart"))
+    planned = {(task, stack.label): stack.parameters[task] for task in plan.shown for stack in plan.stacks}
+    assert {(row["task"], row["stack"]): int(row["parameters"]) for row in rows} == planned
+    recall = [row for row in rows if row["task"] == "recall"]
+    assert all(row["seeds"] == "2" for row in rows)
+    assert any(float(row["least"]) > 0.9 for row in recall)
+    assert any(float(row["most"]) < 0.6 for row in recall)
 
 
 @pytest.mark.parametrize(
