@@ -181,8 +181,8 @@ def _check_prompt(n: int, prompt: Tensor, vocab_size: int) -> None:
 def _check_sampling(
     model: HybridLM, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, eos: int | None
 ) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number, at least 0, got {max_new_tokens!r}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (the likeliest token) or above, got {temperature}")
     if top_k is not None and top_k < 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybridzoo.architectures.generate import generate
 from hybridzoo.architectures.spec import Spec, require_spec
 from hybridzoo.blocks.residual import Block, BlockState
+from hybridzoo.kernels.checks import check_bounds
 from hybridzoo.kernels.packing import check_packing
 from hybridzoo.mixers.parts import RMSNorm
 
@@ -106,6 +107,7 @@ class HybridLM(nn.Module):
     def forward(
         self,
         ids: Tensor,
+        *,
         labels: Tensor | None = None,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
@@ -200,15 +202,18 @@ class HybridLM(nn.Module):
         if cu_seqlens is not None:
             if not isinstance(cu_seqlens, Tensor):
                 raise TypeError(f"cu_seqlens must be a tensor [N+1], got {type(cu_seqlens).__name__}")
-            check_packing(cu_seqlens, *ids.shape)
+            check_packing(cu_seqlens, ids.shape[0], ids.shape[1], ids.device)
+            if not torch.compiler.is_compiling():
+                # Read once a call, also where that waits for a GPU: a bad boundary there would end the process.
+                check_bounds(cu_seqlens.tolist(), ids.shape[1])
         limit = self.spec.max_context
         if limit is None:
             return
         longest = ids.shape[1]
-        if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if cu_seqlens is not None:
+            if torch.compiler.is_compiling():
+                return  # its values are not known yet
             longest = int(cu_seqlens.diff().max())
-        elif cu_seqlens is not None:
-            return  # reading the boundaries would wait for the device
         if longest > limit:
             raise ValueError(f"a sequence of {longest} tokens is longer than the spec's max_context {limit}")
 

@@ -28,14 +28,20 @@ def check_inputs(
     predict: str,
 ) -> None:
     """Raise `ValueError` or `TypeError` that names the first argument whose shape, dtype or device is wrong."""
+    given: dict[str, object] = {"q": q, "k": k, "v": v}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if v.ndim != 4 or q.ndim != 4:
         raise ValueError(f"q and v must be [B, T, heads, dim]; got q {_dims(q)}, v {_dims(v)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     _expect("k", k, [(B, T, H, K)])
     _expect("v", v, [(B, T, HV, V)])
-    if H == 0 or HV % H:
+    if H == 0 or HV == 0 or HV % H:
         raise ValueError(f"v has {HV} heads, which is not a multiple of the {H} heads of q and k")
+    if K == 0 or V == 0:
+        raise ValueError(f"head sizes must be at least 1, got K = {K} and V = {V}")
     _expect("log_decay", log_decay, [(B, T, HV), (B, T, HV, K)])
     _expect("erase_logits", erase_logits, [(B, T, HV, K)])
     _expect("correct", correct, [(B, T, HV), (B, T, HV, K)])
@@ -60,10 +66,12 @@ def check_inputs(
 
 
 def _check_content(content: ContentGate, erase_logits: Tensor | None, HV: int, K: int, V: int) -> None:
+    if not isinstance(content, ContentGate):
+        raise TypeError(f"content must be a ContentGate, got {type(content).__name__}")
     if erase_logits is None:
         raise ValueError("content needs erase_logits: the readout is added to them")
-    if content.chunk < 1:
-        raise ValueError(f"content.chunk must be at least 1 token, got {content.chunk}")
+    if not isinstance(content.chunk, int) or not 1 <= content.chunk < 2**31:
+        raise ValueError(f"content.chunk must be a whole number of tokens, at least 1, got {content.chunk!r}")
     r = content.down.shape[1] if content.down.ndim == 3 else 0
     _expect("content.down", content.down, [(HV, r, V)])
     _expect("content.up", content.up, [(HV, K, r)])
@@ -73,10 +81,14 @@ def check_state(
     state: DeltaState, n: int, HV: int, K: int, V: int, content: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raise for a state of another batch, mixer, dtype or device."""
+    if not isinstance(state, DeltaState):
+        raise TypeError(f"state must be a DeltaState, got {type(state).__name__}")
     tail = V if content else 0
     expected = {"S": (n, HV, K, V), "o_sum": (n, HV, tail), "o_mean": (n, HV, tail), "count": (n,)}
     for name, shape in expected.items():
         field: Tensor = getattr(state, name)
+        if not isinstance(field, Tensor):
+            raise TypeError(f"state.{name} must be a tensor, got {type(field).__name__}")
         if tuple(field.shape) != shape:
             why = ""
             if name in ("o_sum", "o_mean"):
@@ -90,8 +102,18 @@ def check_state(
             raise ValueError(f"state.{name} is on {field.device}, but q is on {device}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, B: int) -> None:
-    """Raise unless `cu_seqlens` is a 1-D integer tensor for one packed row; its values are `check_bounds`'s."""
+def check_counts(counts: Sequence[int], chunk: int) -> None:
+    """Raise unless each count lies within a content chunk."""
+    if any(not 0 <= seen < chunk for seen in counts):
+        raise ValueError(f"state.count must lie in 0 to {chunk - 1} for a content chunk of {chunk}, got {list(counts)}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, device: torch.device) -> None:
+    """Raise unless `cu_seqlens` is a 1-D integer tensor on `device` for one packed row; `check_bounds` reads it."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but what it packs is on {device}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be int32 or int64 [N+1] with N >= 1, got {cu_seqlens.dtype} {_dims(cu_seqlens)}"

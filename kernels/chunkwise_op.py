@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels import chunkwise
+from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.chunkwise import Carry, Operands, Saved
 from hybridzoo.kernels.state import ContentGate, DeltaState
 from hybridzoo.kernels.tiles import MAX_TILE, Tiling, cut
@@ -47,6 +48,7 @@ def chunkwise_delta_rule(
 
 
 @torch.library.custom_op("hybridzoo::chunkwise_delta_rule", mutates_args=())
+@without_autocast
 def _forward_op(
     q: Tensor,
     k: Tensor,
@@ -72,13 +74,14 @@ def _forward_op(
     tiling = cut(B, T, cu_seqlens, chunk or None, count)
     x = _cut_operands(tiling, dtype, scale, q, k, v, log_decay, erase_logits, correct, write)
     content = _content(down, up, chunk, dtype)
-    carry = Carry(tiling.sort(S).flatten(0, 1), tiling.sort(o_sum), tiling.sort(o_mean))
+    carry = Carry(tiling.sort(S).contiguous().flatten(0, 1), tiling.sort(o_sum), tiling.sort(o_mean))
     room = [x.v.new_empty(size) for size in _sizes(q, v, correct, count, chunk, save)]
     saved = _saved(room, x, v) if save else None
     o = chunkwise.forward(x, tiling, carry, content, stored, saved)
     if saved is not None:
         _blank_rest(room, saved, tiling)
-    S, o_sum, o_mean = (tiling.unsort(end) for end in (carry.S.view(S.shape), carry.o_sum, carry.o_mean))
+    ends = (tiling.unsort(end).contiguous() for end in (carry.S.view(S.shape), carry.o_sum, carry.o_mean))
+    S, o_sum, o_mean = ends  # contiguous as the fake says, whatever a caller's state was
     o = tiling.join(o.unflatten(0, (-1, v.shape[2])), v.dtype)
     return o, S, o_sum, o_mean, _new_count(count, cu_seqlens, T, chunk), *room  # type: ignore[return-value]
 
@@ -94,6 +97,7 @@ def _(
 
 
 @torch.library.custom_op("hybridzoo::chunkwise_delta_rule_backward", mutates_args=())
+@without_autocast
 def _backward_op(
     q: Tensor,
     k: Tensor,
@@ -144,13 +148,13 @@ def _backward_op(
         joined(d.v, v),
         joined(d.log_decay, log_decay),
         joined(d.erase, erase_logits),
-        q.new_empty(0) if grads.down is None or down is None else grads.down.to(down.dtype),
-        q.new_empty(0) if grads.up is None or up is None else grads.up.to(up.dtype),
+        q.new_empty(0) if grads.down is None or down is None else grads.down.to(down.dtype).contiguous(),
+        q.new_empty(0) if grads.up is None or up is None else grads.up.to(up.dtype).contiguous(),
         joined(d.correct, correct),
         joined(d.write, write),
     ]
     starts = (d_carry.S.view(S.shape), d_carry.o_sum, d_carry.o_mean)
-    return [*per_token, *(tiling.unsort(start) for start in starts)]
+    return [*per_token, *(tiling.unsort(start).contiguous() for start in starts)]
 
 
 @_backward_op.register_fake
@@ -172,8 +176,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_S: Any, d_sum: Any, d_mean: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors[: ctx.n_inputs]
-    room = list(ctx.saved_tensors[ctx.n_inputs :])
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
+    inputs, room = saved[: ctx.n_inputs], list(saved[ctx.n_inputs :])
+    if inputs[0].numel() and not room[0].numel():
+        raise RuntimeError(
+            "gated_delta_rule kept nothing to go back on: its gradient was taken through a transform, such as "
+            "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
+        )
     grads = _backward_op(*inputs, ctx.stored, ctx.scale, ctx.chunk, room, d_o, d_S, d_sum, d_mean)
     # count, cu_seqlens and the four options have none.
     return *(None if x is None else d for d, x in zip(grads, inputs, strict=False)), *([None] * 6)

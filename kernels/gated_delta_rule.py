@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens, check_inputs, check_state
+from hybridzoo.kernels.checks import check_bounds, check_counts, check_cu_seqlens, check_inputs, check_state
 from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
 from hybridzoo.kernels.norms import l2_norm
 from hybridzoo.kernels.reference import reference_delta_rule
@@ -89,14 +89,16 @@ def gated_delta_rule(
             "erase_value needs backend='reference': an erase along the value axis gives each value channel its own "
             "triangular system, so no chunkwise form with one shared solve exists"
         )
-    if segments is not None and segments < 1:
-        raise ValueError(f"segments must be at least 1, got {segments}")
+    if segments is not None and (not isinstance(segments, int) or segments < 1):
+        raise ValueError(f"segments must be a whole number, at least 1, got {segments!r}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}; multiply q by a scale that is learned")
     B, _, _, K = q.shape
     HV, V = v.shape[2:]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     n = B
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B)
+        check_cu_seqlens(cu_seqlens, B, q.device)
         n = cu_seqlens.numel() - 1
     if state is None:
         if inplace_state:
@@ -110,6 +112,8 @@ def gated_delta_rule(
     if backend == "reference":
         if cu_seqlens is not None:
             check_bounds(cu_seqlens.tolist(), q.shape[1])
+        if content is not None:
+            check_counts(state.count.tolist(), content.chunk)
         o, new_state = reference_delta_rule(
             *(q, k, v, log_decay, erase_logits, content, correct, write, state),
             predict=predict,

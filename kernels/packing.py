@@ -22,15 +22,15 @@ class Packing(NamedTuple):
     position: Tensor  # its place within that sequence, from 0
 
 
-def check_packing(cu_seqlens: Tensor, batch: int, total: int) -> None:
+def check_packing(cu_seqlens: Tensor, batch: int, total: int, device: torch.device) -> None:
     """Refuse boundaries that do not describe `total` tokens of one row.
 
-    Shape, dtype and B = 1 are always checked. The values are checked where they lie in host memory and no compiler is
-    tracing; on a GPU whoever made them vouches for them, since reading them would stop the host at every layer.
+    Shape, dtype, device and B = 1 are always checked. The values are checked where they lie in host memory and no
+    compiler is tracing; on a GPU a model reads them once a call, since every layer would stop the host.
 
     Raises `ValueError`.
     """
-    check_cu_seqlens(cu_seqlens, batch)
+    check_cu_seqlens(cu_seqlens, batch, device)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_bounds(cu_seqlens.tolist(), total)
 

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
+@without_autocast
 def reference_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -148,7 +148,7 @@ def _check(
     if activation not in (None, "silu"):
         raise ValueError(f"short_conv: activation must be 'silu' or None, got {activation!r}")
     if cu_seqlens is not None:
-        check_packing(cu_seqlens, B, T)
+        check_packing(cu_seqlens, B, T, x.device)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if tail is not None and tail.shape != (N, C, weight.shape[1] - 1):
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridzoo.kernels.checks import check_bounds
+from hybridzoo.kernels.checks import check_bounds, check_counts
 
 MAX_TILE = 64
 
@@ -102,8 +102,8 @@ def cut(
         check_bounds(bounds, T)
         starts, lengths = bounds[:-1], [end - start for start, end in pairwise(bounds)]
     counts = [0] * len(lengths) if chunk is None else count.tolist()
-    if chunk is not None and any(not 0 <= seen < chunk for seen in counts):
-        raise ValueError(f"state.count must lie in 0 to {chunk - 1} for a content chunk of {chunk}, got {counts}")
+    if chunk is not None:
+        check_counts(counts, chunk)
     longest = max(lengths, default=0)
     span = longest if chunk is None else min(longest, chunk)
     size = _tile_size(span, max_tile)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hybridzoo.kernels.norms import l2_norm
 from hybridzoo.kernels.packing import locate
 from hybridzoo.kernels.rotary import rotary
-from hybridzoo.mixers.base import ConvInit, MixerConfig, QkInit, TokenMixer, require_positive
+from hybridzoo.mixers.base import ConvInit, MixerConfig, QkInit, TokenMixer, require_above_zero, require_positive
 from hybridzoo.mixers.parts import RMSNorm, ShortConvolution, count_sequences
 from hybridzoo.mixers.registry import register_mixer
 from hybridzoo.mixers.schema import SpecError
@@ -72,10 +72,7 @@ class AttentionConfig(MixerConfig):
             raise SpecError(f".head_dim: rope turns pairs of channels and needs an even size, got {self.dim}")
         if self.conv_size < 0:
             raise SpecError(f".conv_size: must be 0 (none) or more, got {self.conv_size}")
-        for name in ("rope_base", "softcap"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SpecError(f".{name}: must be positive, got {value}")
+        require_above_zero(self, "rope_base", "softcap", "norm_eps")
 
     @property
     def dim(self) -> int:
@@ -149,7 +146,7 @@ class Attention(TokenMixer):
     ) -> tuple[Tensor, AttentionState]:
         """Attend; see `TokenMixer.forward`. Raises `ValueError` for a state of another batch or mixer."""
         c = self.config
-        N = count_sequences(x, c.d_model, cu_seqlens)
+        N = count_sequences(x, self.q_proj.weight, cu_seqlens)
         T = x.shape[1]
         if state is not None:
             self._check_state(state, N)

@@ -42,6 +42,8 @@ def check_recurrent_state(state: object, n: int, n_tails: int) -> None:
         raise ValueError(f"state.conv must hold {n_tails} convolution tails, got {len(state.conv)}")
     if tuple(state.length.shape) != (n,):
         raise ValueError(f"state.length must be [N] = [{n}], got {list(state.length.shape)}")
+    if state.length.dtype != torch.int32:
+        raise TypeError(f"state.length must be int32, got {state.length.dtype}")
 
 
 ConvInit: TypeAlias = Literal["default", "mean"]
@@ -71,6 +73,14 @@ def require_positive(config: MixerConfig, *names: str) -> None:
             raise SpecError(f".{name}: must be at least 1, got {value}")
 
 
+def require_above_zero(config: MixerConfig, *names: str) -> None:
+    """Raise `SpecError` for a named number that is set and not finite or not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise SpecError(f".{name}: must be a finite number above 0, got {value}")
+
+
 class TokenMixer(nn.Module):
     """A causal map of `x [B, T, d_model]` to `y` of the same shape, with a state that lets a sequence be split.
 
@@ -85,6 +95,8 @@ class TokenMixer(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not dataclasses.is_dataclass(cls.Config):
+            raise TypeError(f"{cls.__qualname__}.Config must be a frozen dataclass extending MixerConfig")
         parameters = [
             inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
             *(

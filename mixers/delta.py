@@ -24,6 +24,7 @@ from hybridzoo.mixers.base import (
     RecurrentState,
     TokenMixer,
     check_recurrent_state,
+    require_above_zero,
     require_positive,
 )
 from hybridzoo.mixers.gates import Gates
@@ -44,7 +45,7 @@ class DeltaConfig(MixerConfig):
     Sizes: `head_dim` K is `d_model / n_heads` unless given, `head_v_dim` V is K, `n_v_heads` HV is `n_heads`.
 
     Gates: the five flags of the recurrence. `decay_form` is `-exp(A) softplus(f + tau)` or GLA's `logsigmoid(f) / 16`;
-    `decay_rate` gives `A` one value a head or one a key channel; `decay_rank` is the rank of the channel decay's
+    `decay_rate` gives a channel decay's `A` one value a head or one a key channel; `decay_rank` is the rank of its
     projection (V unless given). With `gate_heads="key"` channel gates on the key axis are projected once a key head and
     repeated to its value heads (GDN-2), with `"value"` once a value head (KDA). `allow_neg_eigval` doubles the
     correction, and the write it is tied to.
@@ -85,6 +86,7 @@ class DeltaConfig(MixerConfig):
         super().__post_init__()
         require_positive(self, "n_heads", "n_v_heads", "head_dim", "head_v_dim", "content_chunk", "content_rank")
         require_positive(self, "decay_rank")
+        require_above_zero(self, "norm_eps")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise SpecError(f".n_heads: {self.n_heads} does not divide d_model {self.d_model}, and head_dim is not set")
         if self.HV % self.n_heads:
@@ -100,8 +102,6 @@ class DeltaConfig(MixerConfig):
             raise SpecError(".allow_neg_eigval: doubles the correction, and correct is none")
         if self.allow_neg_eigval and self.predict == "stored":
             raise SpecError(".allow_neg_eigval: needs predict=decayed; with stored the recurrence diverges")
-        if self.decay_rate == "channel" and self.decay == "scalar":
-            raise SpecError(".decay_rate: a rate a channel needs decay=channel; use decay_rate=head")
 
     @property
     def K(self) -> int:
@@ -172,7 +172,7 @@ class DeltaMixer(TokenMixer):
         dt = 0
         if c.decay != "none" and c.decay_form == "softplus":
             heads = c.HV if c.decay == "scalar" else gate_heads
-            rate = (heads, c.K) if c.decay_rate == "channel" else (heads,)
+            rate = (heads, c.K) if c.decay == "channel" and c.decay_rate == "channel" else (heads,)
             dt = heads * (c.K if c.decay == "channel" else 1)
         content = None
         if c.erase == "content":
@@ -209,7 +209,7 @@ class DeltaMixer(TokenMixer):
     ) -> tuple[Tensor, RecurrentState]:
         """Mix; see `TokenMixer.forward`. Raises for a state of another mixer, batch, dtype or device."""
         c = self.config
-        n = count_sequences(x, c.d_model, cu_seqlens)
+        n = count_sequences(x, self.q_proj.weight, cu_seqlens)
         if state is not None:
             check_recurrent_state(state, n, len(self._convs))
         tails = state.conv if state is not None else (None,) * len(self._convs)

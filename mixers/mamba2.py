@@ -25,6 +25,7 @@ from hybridzoo.mixers.base import (
     RecurrentState,
     TokenMixer,
     check_recurrent_state,
+    require_above_zero,
     require_positive,
 )
 from hybridzoo.mixers.parts import GatedRMSNorm, ShortConvolution, count_sequences
@@ -66,6 +67,7 @@ class Mamba2Config(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "n_heads", "head_dim", "state_dim", "n_groups", "norm_groups")
+        require_above_zero(self, "norm_eps", "expand", "dt_min", "dt_max", "dt_init_floor")
         self._check_width()
         if self.heads % self.n_groups:
             raise SpecError(f".n_groups: {self.n_groups} does not divide {self.heads} heads")
@@ -81,7 +83,7 @@ class Mamba2Config(MixerConfig):
     def _check_width(self) -> None:
         if self.expand is not None and self.expand <= 0:
             raise SpecError(f".expand: must be positive, got {self.expand}")
-        expanded = (2.0 if self.expand is None else self.expand) * self.d_model
+        expanded = self._expanded
         if self.n_heads is not None and self.head_dim is not None:
             if self.expand is not None and self.n_heads * self.head_dim != expanded:
                 raise SpecError(
@@ -98,7 +100,13 @@ class Mamba2Config(MixerConfig):
         """`H V`, the width of x and of the output gate."""
         if self.n_heads is not None and self.head_dim is not None:
             return self.n_heads * self.head_dim
-        return int((2.0 if self.expand is None else self.expand) * self.d_model)
+        return int(self._expanded)
+
+    @property
+    def _expanded(self) -> float:
+        """Expand times d_model: a whole number where it is one but for rounding, as 1.1 times 100 is."""
+        exact = (2.0 if self.expand is None else self.expand) * self.d_model
+        return float(round(exact)) if abs(exact - round(exact)) < 1e-9 * exact else exact
 
     @property
     def heads(self) -> int:
@@ -183,7 +191,7 @@ class Mamba2(TokenMixer):
     ) -> tuple[Tensor, RecurrentState]:
         """Mix; see `TokenMixer.forward`."""
         c = self.config
-        N = count_sequences(x, c.d_model, cu_seqlens)
+        N = count_sequences(x, self.in_proj.weight, cu_seqlens)
         if state is not None:
             check_recurrent_state(state, N, 1 if c.conv_size else 0)
         gate, xBC, raw_dt = self.in_proj(x).split(self._channels, dim=-1)

@@ -19,18 +19,24 @@ from hybridzoo.kernels.short_conv import ConvActivation, ShortConvResult, short_
 from hybridzoo.mixers.base import ConvInit
 
 
-def count_sequences(x: Tensor, d_model: int, cu_seqlens: Tensor | None) -> int:
-    """Return N, the number of sequences in a mixer's input `x [B, T, d_model]`.
+def count_sequences(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return N, the number of sequences in the input `x [B, T, d_model]` of a mixer with `weight [out, d_model]`.
 
-    Raises `TypeError` where `x` is not floating point, `ValueError` for another shape or boundaries that do not fit.
+    Raises `TypeError` where `x` is not of the weights' dtype (under autocast: not floating point), `ValueError` for
+    another shape or device, or boundaries that do not fit.
     """
+    d_model = weight.shape[1]
     if x.dim() != 3 or x.shape[2] != d_model:
         raise ValueError(f"x must be [B, T, d_model] = [B, T, {d_model}], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, but the mixer is on {weight.device}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must be {weight.dtype}, as the mixer's weights are, got {x.dtype}")
     if cu_seqlens is None:
         return x.shape[0]
-    check_packing(cu_seqlens, x.shape[0], x.shape[1])
+    check_packing(cu_seqlens, x.shape[0], x.shape[1], x.device)
     return cu_seqlens.shape[0] - 1
 
 

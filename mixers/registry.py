@@ -94,14 +94,31 @@ def _check_class(name: str, cls: type) -> None:
     if not (isinstance(cls, type) and issubclass(cls, TokenMixer)):
         raise TypeError(f"mixer {name!r}: {cls!r} is not a subclass of TokenMixer")
     config = cls.Config
-    parameters = getattr(config, "__dataclass_params__", None)
+    # Of the class itself: a subclass without the decorator inherits its parent's fields and drops its own.
+    parameters = vars(config).get("__dataclass_params__")
     if config is MixerConfig or parameters is None or not parameters.frozen or not issubclass(config, MixerConfig):
-        raise TypeError(f"mixer {name!r}: {cls.__qualname__}.Config must be a frozen dataclass extending MixerConfig")
-    signature = list(inspect.signature(cls.forward).parameters)
-    if signature[:4] != ["self", "x", "state", "cu_seqlens"]:
         raise TypeError(
-            f"mixer {name!r}: forward must take (x, state=None, cu_seqlens=None), not ({', '.join(signature[1:])})"
+            f"mixer {name!r}: {cls.__qualname__}.Config must be a frozen dataclass extending MixerConfig: "
+            "decorate it with @dataclass(frozen=True, kw_only=True)"
         )
+    for entry in _REGISTRY.values():
+        if entry.cls is cls:
+            raise ValueError(f"mixer {name!r}: {cls.__qualname__} is registered already, as {entry.name!r}")
+        if entry.Config is config:  # a spec holds configs, and each must lead back to one mixer
+            raise TypeError(
+                f"mixer {name!r}: {cls.__qualname__}.Config is that of {entry.name!r}; declare one of its own, such as "
+                f"`class Config({entry.cls.__name__}.Config)`, also where it adds no word"
+            )
+    signature = inspect.signature(cls.forward)
+    try:
+        signature.bind(None, "x")
+        signature.bind(None, "x", None, None)
+        named = list(signature.parameters)[1:4] == ["x", "state", "cu_seqlens"]
+    except TypeError:
+        named = False
+    if not named:
+        shown = ", ".join(str(parameter) for parameter in list(signature.parameters.values())[1:])
+        raise TypeError(f"mixer {name!r}: forward must take (x, state=None, cu_seqlens=None), not ({shown})")
 
 
 def list_mixers() -> list[Entry]:

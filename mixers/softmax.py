@@ -67,7 +67,9 @@ def _attend_band(q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule, W: int) -> 
     n_blocks = -(-T // W)
     fill = n_blocks * W - T
     q = F.pad(q, (0, 0, 0, fill)).reshape(B * H, n_blocks, W, D).transpose(0, 1)
-    k, v = (F.pad(x, (0, 0, W, fill)).reshape(-1, n_blocks + 1, W, D).transpose(0, 1) for x in (k, v))
+    k, v = (
+        F.pad(x, (0, 0, W, fill)).reshape(x.shape[0] * x.shape[1], n_blocks + 1, W, D).transpose(0, 1) for x in (k, v)
+    )
     k, v = (torch.cat([x[:-1], x[1:]], dim=2) for x in (k, v))  # [n_blocks, B H_kv, 2W, D]
     key, query = torch.arange(2 * W, device=q.device), torch.arange(W, 2 * W, device=q.device)[:, None]
     band = (key <= query) & (key > query - W)  # [W, 2W]

@@ -47,9 +47,34 @@ def test_log_decays_of_minus_50_a_token_and_full_resets_are_exact(decay: str, pr
     assert_close(found, finite.results("reference"), 4e-6)
 
 
-def test_one_repeated_key_at_e_2_keeps_float32_accuracy() -> None:
+def test_one_repeated_key_keeps_float32_accuracy() -> None:
     problem = make_problem(decay="none", T=256, K=64, V=64, repeat_keys=True, e_max=2.0, dtype=torch.float32)
     assert_close(problem.results("torch"), problem.to(torch.float64).results("reference"), 2e-5)
+
+
+def test_reflections_by_one_key_for_a_whole_sequence_lose_no_more_than_their_number() -> None:
+    # e = 2 at every token turns the state about and about, and nothing forgets: rounding adds up with the length.
+    problem = make_problem(decay="none", T=256, K=64, V=64, repeat_keys=True, dtype=torch.float32)
+    problem.tensors["correct"] = torch.full_like(problem.tensors["correct"], 2.0)
+    assert_close(problem.results("torch"), problem.to(torch.float64).results("reference"), 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str) -> None:
+    problem = make_problem(erase="content", T=40, dtype=torch.float32)
+    o, end = problem.call(backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, found_end = problem.call(backend)
+    for x, y in zip((o, *end), (found, *found_end), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_states_laid_out_in_another_order_give_the_operators_own_layout() -> None:
+    problem = make_problem(T=20, dtype=torch.float32)
+    turned = problem.state.S.mT.contiguous().mT
+    _, end = problem.call("torch", state=problem.state._replace(S=turned))
+    assert end.S.is_contiguous()
+    assert torch.equal(end.S, problem.call("torch")[1].S)
 
 
 @pytest.mark.parametrize("dtype, output, gradient", [(torch.bfloat16, 6e-3, 1.5e-2), (torch.float16, 1e-3, 2e-3)])
@@ -205,8 +230,16 @@ BAD = [
     ({"write": torch.zeros(2, 5, 4, 4)}, ValueError, r"write must be \[2, 5, 4\] or \[2, 5, 4, 3\]"),
     ({"predict": "past"}, ValueError, "predict must be 'decayed' or 'stored'"),
     ({"backend": "tritn"}, ValueError, "backend must be one of"),
-    ({"segments": 0}, ValueError, "segments must be at least 1"),
+    ({"segments": 0}, ValueError, "segments must be a whole number, at least 1"),
     ({"content": GATE}, ValueError, "content needs erase_logits"),
+    ({"segments": 1.5}, ValueError, "segments must be a whole number"),
+    ({"scale": torch.ones(())}, TypeError, "scale must be a number, got Tensor; multiply q by a scale"),
+    ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
+    ({"state": (1, 2)}, TypeError, "state must be a DeltaState, got tuple"),
+    ({"state": FRESH._replace(o_sum=None)}, TypeError, "state.o_sum must be a tensor, got NoneType"),
+    ({"content": (1, 2)}, TypeError, "content must be a ContentGate, got tuple"),
+    ({"content": GATE._replace(chunk=4.0), "erase_logits": torch.zeros(2, 5, 4, 4)}, ValueError, "whole number of"),
+    ({"v": torch.zeros(2, 5, 4, 0)}, ValueError, "head sizes must be at least 1, got K = 4 and V = 0"),
     ({"inplace_state": True}, ValueError, "needs a state to write into"),
     ({"state": FRESH._replace(S=torch.zeros(3, 4, 4, 3))}, ValueError, r"state.S must be .* for 2 sequences"),
     ({"state": FRESH._replace(S=FRESH.S.double())}, TypeError, "state.S must be torch.float32"),
@@ -238,10 +271,11 @@ def test_bounds_that_are_not_a_packing_are_refused(backend: str, bounds: list[in
         gated_delta_rule(x, x, x, cu_seqlens=torch.tensor(bounds), backend=backend)
 
 
-def test_a_count_outside_its_chunk_is_refused() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_count_outside_its_chunk_is_refused(backend: str) -> None:
     problem = make_problem(erase="content", T=5)
     with pytest.raises(ValueError, match=r"state\.count must lie in 0 to 63"):
-        problem.call("torch", state=problem.state._replace(count=torch.full((2,), 64, dtype=torch.int32)))
+        problem.call(backend, state=problem.state._replace(count=torch.full((2,), 64, dtype=torch.int32)))
 
 
 def test_the_operator_passes_torch_librarys_own_checks() -> None:

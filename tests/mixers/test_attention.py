@@ -216,7 +216,7 @@ def test_costs_count_the_pairs_that_are_seen(window: int | None, context: int) -
         ({"n_kv_heads": 3}, r"n_kv_heads: 3 does not divide n_heads 4"),
         ({"head_dim": 3}, r"head_dim: rope .* got 3"),
         ({"window": 0}, r"window: must be at least 1, got 0"),
-        ({"softcap": 0.0}, r"softcap: must be positive"),
+        ({"softcap": 0.0}, r"softcap: must be a finite number above 0"),
         ({"conv_size": -1}, r"conv_size: must be 0"),
         ({"backend": "flash"}, r"backend: 'flash' is not one of auto, sdpa, reference"),
         ({"qk_norm": "rms"}, r"qk_norm: 'rms' is not one of .*did you mean 'rmsnorm'"),

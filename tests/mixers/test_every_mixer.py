@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from registry_cases import ablation_cases, build, default_cases
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.mixers import TokenMixer, build_mixer
 
@@ -173,6 +174,8 @@ def test_a_state_of_another_batch_or_mixer_is_refused(text: str) -> None:
         (torch.zeros(2, 4, 23), ValueError, r"x must be \[B, T, d_model\] = \[B, T, 24\], got \[2, 4, 23\]"),
         (torch.zeros(4, 24), ValueError, r"x must be \[B, T, d_model\]"),
         (torch.zeros(2, 4, 24, dtype=torch.long), TypeError, "x must be floating point, got torch.int64"),
+        (torch.zeros(2, 4, 24), TypeError, "x must be torch.float64, as the mixer's weights are, got torch.float32"),
+        (torch.zeros(2, 4, 24, device="meta"), ValueError, "x is on meta, but the mixer is on cpu"),
     ],
 )
 def test_a_wrong_input_is_refused(text: str, x: Tensor, error: type[Exception], message: str) -> None:
@@ -203,6 +206,34 @@ def test_sixteen_bit_modules_give_finite_sixteen_bit_outputs(text: str) -> None:
     mixer(tokens(2, 1).bfloat16(), state=state)
     assert y.dtype == torch.bfloat16
     assert torch.isfinite(y).all()
+
+
+@every_mixer
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+def test_autocast_rounds_projections_and_nothing_of_the_recurrence(text: str, inside: bool) -> None:
+    mixer, x = make(text).float(), tokens(2, 40).float()
+    exact = mixer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(x)
+        loss = y.float().square().sum()
+        if inside:
+            loss.backward()
+        with torch.no_grad():
+            mixer(x[:, :1], state=state)
+    if not inside:
+        loss.backward()
+    assert (y - exact).norm() < 0.05 * exact.norm()
+    assert all(torch.isfinite(p.grad).all() for p in mixer.parameters())
+
+
+@every_mixer
+def test_activation_checkpointing_gives_the_same_gradients(text: str) -> None:
+    mixer, gradients = make(text), []
+    for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        x = tokens(2, 20).requires_grad_()
+        wrap(lambda x: mixer(x)[0].square(), x).sum().backward()
+        gradients.append(x.grad)
+    assert_same(*gradients)
 
 
 @every_mixer

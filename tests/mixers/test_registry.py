@@ -76,7 +76,9 @@ def test_words_given_beside_a_string_win_over_those_in_it() -> None:
         ("carve[n_v_heads=3]", r"carve\.n_v_heads: 3 is not a multiple of n_heads 2"),
         ("carve[content_chunk=0]", r"carve\.content_chunk: must be at least 1, got 0"),
         ("carve[conv_size=-1]", r"carve\.conv_size: must be 0 \(none\) or more"),
-        ("gated_delta_net[decay_rate=channel]", r"decay_rate: a rate a channel needs decay=channel"),
+        ("carve[norm_eps=-1.0]", r"carve\.norm_eps: must be a finite number above 0, got -1"),
+        ("attention[rope_base=0]", r"attention\.rope_base: must be a finite number above 0, got 0"),
+        ("mamba2[dt_min=-1]", r"mamba2\.dt_min: must be a finite number above 0"),
     ],
 )
 def test_a_mistake_in_a_string_is_named_with_the_nearest_choice(text: str, message: str) -> None:
@@ -111,6 +113,11 @@ def _mixer(name: str = "Halver", **body: object) -> type[TokenMixer]:
     return type(name, (TokenMixer,), {**members, **body})
 
 
+def test_a_config_that_is_no_dataclass_is_refused_with_the_class() -> None:
+    with pytest.raises(TypeError, match=r"Halver\.Config must be a frozen dataclass"):
+        _mixer(Config=dict)
+
+
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixers.registry, "_REGISTRY", dict(mixers.registry._REGISTRY))
@@ -133,6 +140,12 @@ def test_a_users_own_mixer_is_built_by_name_and_by_string() -> None:
         ("a", torch.nn.Linear, TypeError, "not a subclass of TokenMixer"),
         ("a", _mixer(Config=MixerConfig), TypeError, "must be a frozen dataclass extending MixerConfig"),
         ("a", _mixer(forward=lambda self, x: x), TypeError, r"forward must take \(x, state=None, cu_seqlens=None\)"),
+        ("a", _mixer(forward=lambda self, x, state, cu_seqlens: x), TypeError, "forward must take"),
+        ("a", _mixer(forward=lambda self, x, state=None, *, cu_seqlens=None: x), TypeError, "forward must take"),
+        ("a", _mixer(forward=lambda self, x, state=None, cu_seqlens=None, *, mask: x), TypeError, "forward must take"),
+        ("a", type("Own", (Carve,), {}), TypeError, r"Config is that of 'carve'; declare one of its own"),
+        ("a", Carve, ValueError, "Carve is registered already, as 'carve'"),
+        ("a", _mixer(Config=type("Config", (MixerConfig,), {})), TypeError, "must be a frozen dataclass"),
     ],
 )
 def test_registration_is_strict(name: str, cls: type, error: type[Exception], message: str) -> None:

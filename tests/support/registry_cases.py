@@ -41,5 +41,7 @@ def ablation_cases() -> list[str]:
 def _is_stable(text: str, name: str) -> bool:
     try:
         return mixer_config(text, words_for(name)).caveat is None  # what diverges has no properties to test
-    except SpecError:
-        return False
+    except SpecError as refused:
+        if "triangular solve for each value channel" in str(refused):  # the one pair of flags that the design refuses
+            return False
+        raise
