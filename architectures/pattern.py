@@ -51,7 +51,7 @@ def is_name(text: str) -> bool:
     """Whether a pattern can hold `text` as one name, with or without flags."""
     word, bracket, flags = text.partition("[")
     match = _TOKEN.fullmatch(word)
-    closed = flags.find("]") == len(flags) - 1 if bracket else True
+    closed = not bracket or flags.find("]") == len(flags) - 1 >= 0
     return closed and match is not None and match.lastgroup == "name"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hybridzoo.architectures.pattern import MAX_LAYERS, is_name, parse_pattern
@@ -71,6 +71,8 @@ def test_flags_stay_with_their_name_and_lose_white_space() -> None:
 
 
 @given(st.text(alphabet="ac9.-_[]=, (*+", min_size=1, max_size=8) | st.sampled_from(NAMES))
+@example("_[")
+@example("a[")
 def test_a_name_is_what_a_pattern_reads_as_one_layer_of_one_mixer(text: str) -> None:
     try:
         read = parse_pattern(text) == ((text,),)

@@ -121,7 +121,9 @@ def mamba2() -> Case:
         hidden_size=D_MODEL, num_heads=8, head_dim=8, state_size=12, n_groups=2, num_hidden_layers=1, chunk_size=16
     )
     theirs = Mamba2Mixer(config, 0)
-    words = {"head_dim": 8, "state_dim": 12, "n_groups": 2, "norm_groups": 1}
+    # Whether the published norm has groups depends on the release; ours is told.
+    norm_groups = theirs.intermediate_size // getattr(theirs.norm, "group_size", theirs.intermediate_size)
+    words = {"head_dim": 8, "state_dim": 12, "n_groups": 2, "norm_groups": norm_groups}
     return theirs, recurrent(theirs), build_mixer("mamba2", d_model=D_MODEL, **words), config
 
 
