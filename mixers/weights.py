@@ -36,7 +36,7 @@ def import_weights(mixer: TokenMixer, state_dict: Mapping[str, Tensor], source: 
     | transformers | `LlamaAttention`, `Qwen3Attention` | `attention[rope_base=500000]`; Qwen3 `[qk_norm=rmsnorm]` |
     | transformers | `Qwen3NextGatedDeltaNet` | `gated_delta_net[norm_eps=1e-6]` |
     | transformers | `KimiLinearDeltaAttention` | `kda` (its output gate has no bias: ours is set to zero) |
-    | transformers | `Mamba2Mixer` | `mamba2`; where its norm has no groups (5.17 has none, 5.23 has), `[norm_groups=1]` |
+    | transformers | `Mamba2Mixer` | `mamba2`; up to 5.17, whose norm has no groups, `mamba2[norm_groups=1]` |
     | fla | `Attention` | `attention` |
     | fla | `GatedDeltaNet`, `KimiDeltaAttention`, `GatedDeltaNet2` | `gated_delta_net`, `kda`, `gdn2` |
     | fla | `DeltaNet` | `delta_net`; with `use_gate`, `[output_gate=full,gate_activation=silu]` |
