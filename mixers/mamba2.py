@@ -37,10 +37,11 @@ from hybridzoo.mixers.schema import SpecError
 class Mamba2Config(MixerConfig):
     """Words of `mamba2`. Two of `expand`, `n_heads` and `head_dim` give the third: `n_heads head_dim = expand d_model`.
 
-    Left out, `expand` is 2 and `head_dim` 64. `norm_groups` is `n_groups` unless given (transformers' module long normed
-    all channels as one). The step size is `softplus(dt + dt_bias)`, held between `dt_limit_min` and `dt_limit_max`;
-    `dt_bias` starts with steps spread evenly in the logarithm from `dt_min` to `dt_max`. `decay=channel` gives every
-    state channel a rate of its own, as in Mamba-1; the other flags are what makes the mixer Mamba-2.
+    Left out, `expand` is 2 and `head_dim` 64. `norm_groups` is `n_groups` unless given (up to 5.17, transformers'
+    module norms all channels as one). The step size is `softplus(dt + dt_bias)`, held between `dt_limit_min` and
+    `dt_limit_max`; `dt_bias` starts with steps spread evenly in the logarithm from `dt_min` to `dt_max`.
+    `decay=channel` gives every state channel a rate of its own, as in Mamba-1; the other flags are what makes the
+    mixer Mamba-2.
     """
 
     n_heads: int | None = None
