@@ -89,6 +89,7 @@ def train_command(
     folder = out or Path("runs") / f"{resolved.name}-{task}"
     if is_run(folder) and not overwrite:
         raise fail(f"{folder} holds a trained model already; give another --out, or --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found now, not after the training
     config.resolve_device()
     torch.manual_seed(config.seed)
     with working("building the model"):

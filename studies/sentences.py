@@ -149,6 +149,11 @@ def training_notes(findings: Findings, task: str) -> list[str]:
     shown, cells = findings.shown(task), findings.of(task)
     if not cells:
         return []
+    if any(len(cell.curve(shown.metric)[0]) < 2 for cell in cells):
+        return [
+            f"On {task} no learning curve was recorded (train.eval_every), so nothing here says whether training was "
+            "long enough."
+        ]
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
     moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
     still = [f"{cell.stack.label} (by {gap(shown, gain)})" for cell, gain in moving if gain > threshold]

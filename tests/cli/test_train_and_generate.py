@@ -92,6 +92,13 @@ def test_a_run_that_diverges_fails_and_saves_nothing(run, tiny, text):
     assert not list(tiny.parent.glob(f"runs/*/{WEIGHTS}"))
 
 
+def test_a_folder_that_cannot_be_made_is_found_before_training(run, tiny, text):
+    (tiny.parent / "afile").touch()
+    result = run("train", tiny, *QUICK, f"task.folder={text}", "--out", "afile", ok=False)
+    assert "afile: File exists" in result.stderr
+    assert "step 1" not in result.stderr
+
+
 def test_text_goes_on_from_the_prompt(run, trained):
     out = run("generate", trained, "--prompt", "def ", "-n", "8", "--seed", "1").stdout
     assert out.startswith("def ")
