@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from hybridzoo.architectures.generate import generate
 from hybridzoo.architectures.spec import Spec, require_spec
 from hybridzoo.blocks.residual import Block, BlockState
-from hybridzoo.kernels.checks import check_bounds
-from hybridzoo.kernels.packing import check_packing
+from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens
 from hybridzoo.mixers.parts import RMSNorm
 
 ModelState = tuple[BlockState, ...]  # one a layer
@@ -202,7 +201,7 @@ class HybridLM(nn.Module):
         if cu_seqlens is not None:
             if not isinstance(cu_seqlens, Tensor):
                 raise TypeError(f"cu_seqlens must be a tensor [N+1], got {type(cu_seqlens).__name__}")
-            check_packing(cu_seqlens, ids.shape[0], ids.shape[1], ids.device)
+            check_cu_seqlens(cu_seqlens, ids.shape[0], ids.device)
             if not torch.compiler.is_compiling():
                 # Read once a call, also where that waits for a GPU: a bad boundary there would end the process.
                 check_bounds(cu_seqlens.tolist(), ids.shape[1])

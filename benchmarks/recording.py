@@ -6,16 +6,16 @@ Shapes: none; times are seconds, written as milliseconds.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hybridzoo.studies.environment import environment as made_with
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,14 +43,9 @@ def _spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """The device, the versions of torch and `packages`, and the commit that is timed."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", *packages)},
-        "commit": _commit(),
-    }
+    """What a study's results say they were made with, and the versions of `packages`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**made_with(device), "versions": {name: version(name) for name in packages}}
 
 
 def record(name: str, result: Mapping[str, Any], out: Path | None = None) -> Path:
@@ -59,28 +54,3 @@ def record(name: str, result: Mapping[str, Any], out: Path | None = None) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = git("status", "--porcelain", "--", "../kernels", "../mixers", ".")
-    return commit + (" with changes" if any(not line.startswith("??") for line in changed.splitlines()) else "")

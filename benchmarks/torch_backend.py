@@ -82,7 +82,7 @@ def main() -> None:
             ours, peer, ratio = (results[-1][what][key] for key in ("hybridzoo", "transformers", "ratio"))
             table.add_row(" ".join(map(str, shape)), what, f"{ours['median']}", f"{peer['median']}", f"{ratio}")
     console.print(table)
-    found = {"environment": environment("transformers", "hybridzoo"), "dtype": "float32", "results": results}
+    found = {"environment": environment("transformers"), "dtype": "float32", "results": results}
     console.print(f"written to {record('torch_backend', found, options.out)}")
 
 

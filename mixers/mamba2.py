@@ -82,8 +82,6 @@ class Mamba2Config(MixerConfig):
             raise SpecError(f".dt_limit_min: must be 0 or more and at most dt_limit_max, got {self.dt_limit_min}")
 
     def _check_width(self) -> None:
-        if self.expand is not None and self.expand <= 0:
-            raise SpecError(f".expand: must be positive, got {self.expand}")
         expanded = self._expanded
         if self.n_heads is not None and self.head_dim is not None:
             if self.expand is not None and self.n_heads * self.head_dim != expanded:
