@@ -104,6 +104,7 @@ def _list_words(name: str, as_json: bool) -> None:
 def _list_specs(as_json: bool) -> None:
     with working("reading the shipped specs"):
         from hybridzoo.architectures import account, list_specs, load_spec
+        from hybridzoo.training.units import count
     rows = []
     with working("counting"):
         for name in list_specs():
@@ -112,8 +113,6 @@ def _list_specs(as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, "layers": layers, "parameters": size} for name, layers, size in rows])
         return
-    from hybridzoo.cli.units import count
-
     table = new_table()
     table.add_column("spec", style="bold", no_wrap=True)
     table.add_column("layers", justify="right")

@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from hybridzoo.cli import names
 from hybridzoo.cli.output import command, new_table, print_json, stdout, working
-from hybridzoo.cli.units import count, size
 
 if TYPE_CHECKING:
     from hybridzoo.architectures import Account, Spec
@@ -59,6 +58,8 @@ def show_command(
 
 
 def _print_head(console: Console, spec: Spec, cost: Account) -> None:
+    from hybridzoo.training.units import count
+
     console.print(
         f"[bold]{escape(spec.name)}[/]: {len(spec.layers)} layers, {count(cost.parameters)} parameters "
         f"({cost.parameters:,})"
@@ -76,6 +77,8 @@ def _print_head(console: Console, spec: Spec, cost: Account) -> None:
 
 
 def _print_layers(console: Console, spec: Spec, cost: Account) -> None:
+    from hybridzoo.training.units import count, size
+
     table = new_table(show_footer=True)
     table.add_column("layer", "all", justify="right", no_wrap=True)
     table.add_column("mixers", no_wrap=True)
@@ -91,6 +94,8 @@ def _print_layers(console: Console, spec: Spec, cost: Account) -> None:
 
 
 def _costs(cost: Cost) -> list[str]:
+    from hybridzoo.training.units import count, size
+
     flops = (count(cost.train_flops_per_token), count(cost.decode_flops_per_token))
     return [count(cost.parameters), *flops, size(cost.state_bytes), size(cost.kv_bytes)]
 

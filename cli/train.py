@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hybridzoo.cli import names
 from hybridzoo.cli.output import command, fail, note, print_json, stderr, stdout, working
-from hybridzoo.cli.units import count
 
 if TYPE_CHECKING:
     from hybridzoo.architectures import Spec
@@ -79,6 +78,7 @@ def train_command(
         from hybridzoo.architectures import build_model
         from hybridzoo.studies.tasks import build_task
         from hybridzoo.training import train
+        from hybridzoo.training.units import count
 
         sorted_words = _sort(overrides or [])
         options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
@@ -194,5 +194,7 @@ def _display(steps: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
 
 
 def _detail(task: StudyTask, step: Step) -> str:
+    from hybridzoo.training.units import count
+
     scored = f", {_score(task, step.metrics)}" if task.metric in step.metrics else ""
     return f"loss {step.loss:.3f}{scored}, {count(step.tokens_per_second)} tokens/s"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 
-def count(value: float) -> str:
-    """Three digits and a decimal unit: 950, 12.3 k, 1.34 G."""
-    return _scaled(value, 1000, ["", " k", " M", " G", " T", " P", " E"])
+def count(value: float, unit: str = "") -> str:
+    """Three digits and a decimal prefix to `unit`: 950, 12.3 k, 1.34 GFLOP."""
+    return _scaled(value, 1000, [f"{prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E")])
 
 
 def size(value: float) -> str:
-    """Bytes in three digits and a binary unit: 96 B, 12.5 KiB, 1.2 GiB."""
-    return _scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB"])
+    """Bytes in three digits and a binary unit: 96 B, 12.5 KiB, 1.20 GiB."""
+    return _scaled(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 
 
 def _scaled(value: float, base: int, units: list[str]) -> str:
@@ -24,7 +24,7 @@ def _scaled(value: float, base: int, units: list[str]) -> str:
         power += 1
     scaled = _three(value / base**power)
     digits = 0 if power == 0 and float(value).is_integer() else max(0, 2 - _magnitude(scaled))
-    return f"{scaled:.{digits}f}{units[power]}"
+    return f"{scaled:.{digits}f} {units[power]}".rstrip()
 
 
 def _magnitude(value: float) -> int:

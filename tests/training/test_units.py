@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridzoo.cli.units import count, size
+from hybridzoo.training.units import count, size
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,10 @@ from hybridzoo.cli.units import count, size
 )
 def test_a_count_is_three_digits_and_a_decimal_unit(value, said):
     assert count(value) == said
+
+
+def test_a_unit_follows_its_prefix():
+    assert [count(value, "FLOP") for value in (7, 1_050_000)] == ["7 FLOP", "1.05 MFLOP"]
 
 
 @pytest.mark.parametrize(
