@@ -20,6 +20,9 @@ from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 from hybridzoo.mixers.schema import SpecError
 
 
+DEFAULT_CONTEXT = 4096
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a stack, or a part of it, costs.
@@ -56,15 +59,18 @@ class Account(Cost):
     ends: Cost
 
 
-def account(spec: Spec, context: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Account:
+def account(spec: Spec, context: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Account:
     """Count what a spec costs at `context` tokens, with keys, values and convolution tails held in `dtype`.
 
+    `context=None` is 4,096 tokens, or the spec's `max_context` where that is less; the result's `context` says which.
     Nothing is allocated: each distinct layer is built once on the meta device and counted. Recurrent states are
     float32, whatever the dtype.
 
     Raises: `SpecError` for a context below 1 or over the spec's `max_context`, `TypeError` for anything but a `Spec`.
     """
     require_spec(spec)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, spec.max_context or DEFAULT_CONTEXT)
     if context < 1:
         raise SpecError(f"context must be at least 1, got {context}")
     if spec.max_context is not None and context > spec.max_context:

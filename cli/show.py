@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hybridzoo.cli import names
-from hybridzoo.cli.output import command, new_table, print_json, stdout, working
+from hybridzoo.cli.output import command, fail, new_table, print_json, stdout, working
 
 if TYPE_CHECKING:
     from hybridzoo.architectures import Account, Spec
@@ -34,8 +34,14 @@ def show_command(
         typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as mixers.c.erase=token.", show_default=False),
     ] = None,
     context: Annotated[
-        int, typer.Option("--context", "-c", help="Tokens at which FLOPs and memory are counted.", min=1)
-    ] = 4096,
+        int | None,
+        typer.Option(
+            "--context",
+            "-c",
+            help="Tokens at which FLOPs and memory are counted. Default: 4,096, or max_context where that is less.",
+            min=1,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:
     """Print a stack layer by layer: mixers with their flags, parameters, FLOPs a token, state and KV bytes."""
@@ -43,6 +49,8 @@ def show_command(
         from hybridzoo.architectures import account, load_spec
 
         loaded = load_spec(spec, overrides or [])
+        if context is not None and loaded.max_context is not None and context > loaded.max_context:
+            raise fail(f"--context {context} is over the spec's max_context {loaded.max_context}")
         cost = account(loaded, context=context)
     if as_json:
         print_json({"spec": loaded.to_dict(), "account": dataclasses.asdict(cost)})
@@ -51,8 +59,8 @@ def show_command(
     _print_head(console, loaded, cost)
     _print_layers(console, loaded, cost)
     console.print(
-        f"[dim]FLOPs a token, a multiply-add as 2: training is forward and backward, the mean over {context:,} tokens; "
-        f"decoding is one more after them.\nMemory is for one sequence of {context:,} tokens, cache in bfloat16, "
+        f"[dim]FLOPs a token, a multiply-add as 2: training is forward and backward, the mean over {cost.context:,} tokens; "
+        f"decoding is one more after them.\nMemory is for one sequence of {cost.context:,} tokens, cache in bfloat16, "
         "recurrent state in float32.[/]"
     )
 

@@ -104,6 +104,13 @@ def test_a_mixer_s_flops_are_those_counted_by_hand(text: str) -> None:
     assert mixer.flops_per_token(CONTEXT, decode=True) == pytest.approx(projections + decoding, rel=1e-4)
 
 
+@pytest.mark.parametrize(("max_context", "context"), [(None, 4096), (100, 100), (4096, 4096), (9999, 4096)])
+def test_an_account_is_at_4096_tokens_unless_the_spec_takes_fewer(max_context: int | None, context: int) -> None:
+    spec = load_spec("carve-hybrid-tiny", [f"max_context={'null' if max_context is None else max_context}"])
+    assert account(spec) == account(spec, context)
+    assert account(spec).context == context
+
+
 def test_a_spec_s_flops_are_those_of_its_mixers_its_ffns_and_its_head() -> None:
     mixers = {"k": {"type": "kda", **SIZES}, "g": {"type": "gdn2", **SIZES}}
     for words in mixers.values():

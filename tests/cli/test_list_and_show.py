@@ -84,6 +84,14 @@ def test_the_cost_as_data_is_the_account_at_that_context(run):
     assert data["spec"]["layers"] == "(c*7 a)"
 
 
+def test_a_spec_of_few_tokens_is_counted_at_those_it_takes(run):
+    assert "one sequence of 512 tokens" in run("show", "carve-tiny", "max_context=512").stdout
+    assert "one sequence of 4,096 tokens" in run("show", "carve-tiny", "max_context=8192").stdout
+    result = run("show", "carve-tiny", "max_context=512", "--context", "513", ok=False)
+    assert result.exit_code == 2
+    assert "--context 513 is over the spec's max_context 512" in result.stderr
+
+
 def test_a_file_of_ones_own_is_shown(run, tiny):
     assert "mine: 2 layers" in run("show", "mine.yaml").stdout
 
