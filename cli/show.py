@@ -13,7 +13,7 @@ from hybridzoo.cli import names
 from hybridzoo.cli.output import command, fail, new_table, print_json, stdout, working
 
 if TYPE_CHECKING:
-    from hybridzoo.architectures import Account, Spec
+    from hybridzoo.architectures import Account, Layer, Spec
     from hybridzoo.architectures.account import Cost
     from hybridzoo.mixers import MixerConfig
 
@@ -24,6 +24,8 @@ hybridzoo show carve-hybrid-tiny
 hybridzoo show carve-hybrid-tiny "layers=(c*7 a)" mixers.c.erase=token --context 32768
 
 hybridzoo show my-stack.yaml --json"""
+
+LONGEST_ASIDE = 16  # columns of a mixer's label that leave room beside it for what it is
 
 
 @command
@@ -58,10 +60,11 @@ def show_command(
     console = stdout()
     _print_head(console, loaded, cost)
     _print_layers(console, loaded, cost)
+    tokens = f"{cost.context:,} tokens"
     console.print(
-        f"[dim]FLOPs a token, a multiply-add as 2: training is forward and backward, the mean over {cost.context:,} tokens; "
-        f"decoding is one more after them.\nMemory is for one sequence of {cost.context:,} tokens, cache in bfloat16, "
-        "recurrent state in float32.[/]"
+        f"[dim]FLOPs a token, a multiply-add as 2: training is forward and backward, the mean over {tokens}; "
+        "decoding is one more after them.\n"
+        f"Memory is for one sequence of {tokens}, cache in bfloat16, recurrent state in float32.[/]"
     )
 
 
@@ -78,25 +81,27 @@ def _print_head(console: Console, spec: Spec, cost: Account) -> None:
     console.print(f"  layers [bold]{escape(spec.pattern)}[/]", soft_wrap=True)
     used = dict(pair for layer in spec.layers for pair in layer.mixers)
     width = max(len(label) for label in used)
+    aside = width <= LONGEST_ASIDE
     for label, config in used.items():
-        console.print(f"  [bold]{escape(label.ljust(width))}[/]  {escape(_described(config))}", soft_wrap=True)
+        first, *more = _described(config)
+        indent = " " * (width + 4 if aside else 4)
+        gap = " " * (width + 2 - len(label)) if aside else f"\n{indent}"
+        console.print(f"  [bold]{escape(label)}[/]{gap}{escape(first)}", soft_wrap=True)
+        for line in more:
+            console.print(f"{indent}{escape(line)}", soft_wrap=True)
         if config.caveat is not None:
-            console.print(f"  {' ' * width}  [yellow]{escape(config.caveat)}[/]", soft_wrap=True)
+            console.print(f"{indent}[yellow]{escape(config.caveat)}[/]", soft_wrap=True)
 
 
 def _print_layers(console: Console, spec: Spec, cost: Account) -> None:
-    from hybridzoo.training.units import count, size
-
     table = new_table(show_footer=True)
     table.add_column("layer", "all", justify="right", no_wrap=True)
-    table.add_column("mixers", no_wrap=True)
-    table.add_column("parameters", count(cost.parameters), justify="right")
-    table.add_column("train\nFLOPs", count(cost.train_flops_per_token), justify="right")
-    table.add_column("decode\nFLOPs", count(cost.decode_flops_per_token), justify="right")
-    table.add_column("state\nbytes", size(cost.state_bytes), justify="right")
-    table.add_column("of them\nKV", size(cost.kv_bytes), justify="right")
+    table.add_column("mixers", overflow="fold")  # what gives way where the line is short
+    heads = ("parameters", "train\nFLOPs", "decode\nFLOPs", "state\nbytes", "of them\nKV")
+    for head, whole in zip(heads, _costs(cost), strict=True):
+        table.add_column(head, whole, justify="right", no_wrap=True)
     for layer, row in zip(spec.layers, cost.layers, strict=True):
-        table.add_row(str(row.index), escape(layer.label), *_costs(row))
+        table.add_row(str(row.index), escape(_spaced(layer)), *_costs(row))
     table.add_row("", "[dim]embedding, norm, head[/]", *_costs(cost.ends), end_section=True)
     console.print(table)
 
@@ -108,19 +113,32 @@ def _costs(cost: Cost) -> list[str]:
     return [count(cost.parameters), *flops, size(cost.state_bytes), size(cost.kv_bytes)]
 
 
-def _described(config: MixerConfig) -> str:
-    """A mixer with all its flags, changed or not, then the words that differ from their defaults."""
+def _spaced(layer: Layer) -> str:
+    """A layer's label with the white space that a pattern may have, where a table can break it."""
+    return " + ".join(label.replace(",", ", ") for label, _ in layer.mixers)
+
+
+def _described(config: MixerConfig) -> list[str]:
+    """A mixer with all its flags, changed or not; then its words that differ from their defaults or follow from others.
+
+    The latter are shown as what they come to: a head count, and not that none was given.
+    """
     from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 
-    entry = entry_of(config)
+    entry, resolved = entry_of(config), config.resolved
     flags = ",".join(f"{flag}={getattr(config, flag)}" for flag in GATE_FLAGS if flag in entry.flags)
-    changed = [
-        f"{name}={_said(getattr(config, name))}"
+    shown = [
+        f"{name}={_said(resolved.get(name, getattr(config, name)))}"
         for name, word in entry.words.items()
-        if name not in ("d_model", *GATE_FLAGS) and (word.required or getattr(config, name) != word.default)
+        if name not in ("d_model", *GATE_FLAGS)
+        and (word.required or name in resolved or getattr(config, name) != word.default)
     ]
-    return " ".join([f"{entry.name}[{flags}]" if flags else entry.name, *changed])
+    if flags and shown:
+        return [f"{entry.name}[{flags}]", " ".join(shown)]
+    return [" ".join([f"{entry.name}[{flags}]" if flags else entry.name, *shown])]
 
 
 def _said(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

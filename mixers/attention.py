@@ -8,7 +8,7 @@ Shapes: B batch, T time, C cached slots, H query heads, H_kv key heads, D head d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,10 @@ class AttentionConfig(MixerConfig):
     def kv_heads(self) -> int:
         """H_kv."""
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {"n_kv_heads": self.kv_heads, "head_dim": self.dim}
 
 
 @register_mixer(

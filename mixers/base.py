@@ -60,6 +60,11 @@ class MixerConfig:
         require_positive(self, "d_model")
 
     @property
+    def resolved(self) -> dict[str, Any]:
+        """Words that may be left out because others give them, with what they come to."""
+        return {}
+
+    @property
     def caveat(self) -> str | None:
         """What a user should know before training this choice of words, if anything."""
         return None

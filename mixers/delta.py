@@ -10,7 +10,7 @@ N sequences, W taps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,11 @@ class DeltaConfig(MixerConfig):
     def HV(self) -> int:
         """Value heads."""
         return self.n_v_heads or self.n_heads
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        sizes = {"n_v_heads": self.HV, "head_dim": self.K, "head_v_dim": self.V}
+        return {**sizes, "decay_rank": self.decay_rank or self.V} if self.decay == "channel" else sizes
 
     @property
     def caveat(self) -> str | None:

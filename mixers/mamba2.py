@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,11 @@ class Mamba2Config(MixerConfig):
     def heads(self) -> int:
         """H."""
         return self.n_heads or self.inner // (self.head_dim or 64)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        sizes = {"n_heads": self.heads, "head_dim": self.inner // self.heads, "expand": self.inner / self.d_model}
+        return {**sizes, "norm_groups": self.norm_groups or self.n_groups}
 
 
 class StepGates(nn.Module):

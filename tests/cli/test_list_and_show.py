@@ -70,6 +70,35 @@ def test_every_flag_of_every_mixer_is_shown(run):
     assert "carve[decay=channel,erase=token,correct=tied,write=scalar,predict=stored]" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mamba2-tiny", "n_heads=8 head_dim=64 expand=2 state_dim=64 norm_groups=1"),
+        ("carve-tiny", "n_heads=4 n_v_heads=4 head_dim=64 head_v_dim=64 decay_rank=64"),
+        ("transformer-tiny", "attention n_heads=4 n_kv_heads=4 head_dim=64"),
+    ],
+)
+def test_sizes_that_follow_from_others_are_shown_as_numbers(run, name, words):
+    assert words in run("show", name).stdout
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_long_layer_is_folded_between_its_words(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    pattern = "carve[n_heads=2,head_dim=16,write=one,erase=token]+a+gla[n_heads=2]"
+    lines = run("show", "carve-hybrid-tiny", f"layers={pattern} c").stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["layer", "mixers"])
+    last = next(i for i, line in enumerate(lines) if line.split()[:1] == ["all"])
+    assert max(len(line) for line in lines[head - 1 : last + 1]) <= columns
+    folded = []
+    for line in lines[head + 2 :]:
+        if line.startswith("     1"):
+            break
+        folded.append(line[7:].split("   ")[0].strip())
+    assert "".join("".join(folded).split()) == pattern
+    assert all(line.endswith((",", "+")) for line in folded[:-1]), folded
+
+
 def test_a_setting_that_is_known_to_diverge_is_marked(run):
     assert "unstable" in run("show", "carve-tiny", "mixers.c.qk_norm=none").stdout
     assert "unstable" not in run("show", "carve-tiny").stdout
