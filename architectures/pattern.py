@@ -20,7 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
-from hybridzoo.mixers.schema import SpecError, nearest
+from hybridzoo.mixers.schema import OWN_MIXERS, SpecError, nearest
 
 MAX_LAYERS = 4096
 MAX_PARALLEL = 64  # mixers in one layer
@@ -116,8 +116,8 @@ class _Parser:
         word, _, flags = token.text.partition("[")
         if self.names is not None and word not in self.names:
             known = ", ".join(self.names) or "none"
-            stop = token.start + len(word)
-            self._fail(token._replace(stop=stop), f"unknown mixer '{word}'{nearest(word, self.names)}; known: {known}")
+            message = f"unknown mixer '{word}'{nearest(word, self.names)}; known: {known}; {OWN_MIXERS}"
+            self._fail(token._replace(stop=token.start + len(word)), message)
         return f"{word}[{''.join(flags.split())}" if flags else word
 
     def _close(self, groups: list[_Group], token: _Token) -> None:

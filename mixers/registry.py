@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hybridzoo.mixers.base import MixerConfig, TokenMixer
-from hybridzoo.mixers.schema import SpecError, choices_of, convert, nearest, parse_scalar, type_name, unknown
+from hybridzoo.mixers.schema import OWN_MIXERS, SpecError, choices_of, convert, parse_scalar, type_name, unknown
 
 GATE_FLAGS = ("decay", "erase", "correct", "write", "predict")
 
@@ -129,7 +129,7 @@ def list_mixers() -> list[Entry]:
 def get_entry(name: str, where: str = "mixer") -> Entry:
     """Return the entry of a registry name; `SpecError` with the nearest name where there is none."""
     if name not in _REGISTRY:
-        raise unknown(where, "mixer", name, _REGISTRY)
+        raise SpecError(f"{unknown(where, 'mixer', name, _REGISTRY)}; {OWN_MIXERS}")
     return _REGISTRY[name]
 
 
@@ -163,7 +163,8 @@ def mixer_config(mixer: str, words: Mapping[str, Any] | None = None, where: str 
     known = entry.words
     for key in given:
         if key in GATE_FLAGS and key not in known:
-            raise SpecError(f"{place}.{key}: '{name}' has no gate flag '{key}'{nearest(key, known)}")
+            having = [e.name for e in list_mixers() if key in e.flags and len(e.flags[key].choices) > 1]
+            raise SpecError(f"{place}.{key}: '{name}' has no gate '{key}'; these have: {', '.join(having)}")
     return convert(entry.Config, given, place)
 
 

@@ -18,6 +18,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
+# What to add where a mixer's name is unknown: it may be the user's, whose code nothing has imported.
+OWN_MIXERS = "one of your own comes with the code that registers it: --import FILE.py"
+
 
 class SpecError(ValueError):
     """What a user declared cannot be built; the message says where, what was given and what would be right."""
@@ -26,7 +29,7 @@ class SpecError(ValueError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest of `choices`, or nothing where none is close."""
     by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean '{by_lower[found[0]]}'?)" if found else ""
 
 
@@ -34,7 +37,7 @@ def unknown(where: str, kind: str, given: str, choices: Iterable[str]) -> SpecEr
     """Build the error for a name that is not one of `choices`."""
     choices = list(choices)
     listed = ", ".join(choices) if choices else "nothing here"
-    return SpecError(f"{where}: unknown {kind} '{given}'; known: {listed}{nearest(given, choices)}")
+    return SpecError(f"{where}: unknown {kind} '{given}'{nearest(given, choices)}; known: {listed}")
 
 
 _INT = re.compile(r"[+-]?\d{1,1000}")  # Python refuses to read integers of more than 4,300 digits

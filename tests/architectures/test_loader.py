@@ -141,7 +141,7 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("d_modl=64", "unknown key 'd_modl'; known: "),
+        ("d_modl=64", "unknown key 'd_modl' (did you mean 'd_model'?); known: "),
         ("d_modl=64", "(did you mean 'd_model'?)"),
         ("Layers=c", "unknown key 'Layers'"),
         (f"d_model={'9' * 5000}", "d_model: expected integer, got"),
@@ -154,12 +154,12 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
         ("norm_eps=0", "norm_eps: must be above 0"),
         ("init.head_std=1", "init.head_std: the head is the embedding; a head of its own needs tie_embeddings: false"),
         ("init.std=-1", "init.std: must be above 0"),
-        ("init.sdt=1", "init: unknown key 'sdt'; known: std, residual_scale, head_std (did you mean 'std'?)"),
+        ("init.sdt=1", "init: unknown key 'sdt' (did you mean 'std'?); known: std, residual_scale, head_std"),
         ("ffn.type=swigl", "ffn.type: 'swigl' is not one of swiglu, gelu, relu2, none (did you mean 'swiglu'?)"),
         ("tie_embeddings=yes", "tie_embeddings: expected true or false, got 'yes'"),
         ("mixers.c.erase=tokn", "mixers.c.erase: 'tokn' is not one of none, token, content (did you mean 'token'?)"),
         ("mixers.c.n_head=4", "mixers.c: unknown key 'n_head'"),
-        ("mixers.a.erase=token", "mixers.a.erase: 'attention' has no gate flag 'erase'"),
+        ("mixers.a.erase=token", "mixers.a.erase: 'attention' has no gate 'erase'"),
         ("mixers.c.n_head=4", "(did you mean 'n_heads'?)"),
         ("mixers.c.type=crave", "mixers.c.type: unknown mixer 'crave'"),
         ("mixers.c.type=crave", "(did you mean 'carve'?)"),

@@ -60,10 +60,14 @@ def test_words_given_beside_a_string_win_over_those_in_it() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("crave", r"unknown mixer 'crave'.*did you mean 'carve'"),
+        (
+            "crave",
+            r"unknown mixer 'crave' \(did you mean 'carve'\?\); known: attention, .*; one of your own .* --import",
+        ),
         ("carve[erase=tokn]", r"carve\.erase: 'tokn' is not one of none, token, content \(did you mean 'token'\?\)"),
         ("carve[eras=token]", r"carve: unknown key 'eras'.*did you mean 'erase'"),
-        ("attention[decay=none]", r"attention\.decay: 'attention' has no gate flag 'decay'"),
+        ("attention[decay=none]", r"attention\.decay: 'attention' has no gate 'decay'; these have: mamba2, "),
+        ("attention[erase=token]", r"has no gate 'erase'; these have: linear_attention, .*, carve, carve-paper$"),
         ("mamba2[erase=token]", r"mamba2\.erase: 'token' is not one of none"),
         ("carve[erase=token", r"expected one closing '\]'"),
         ("carve[erase]", r"'erase' is not word=value"),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hybridzoo.mixers.schema import SpecError, convert, parse_scalar
+from hybridzoo.mixers.schema import SpecError, convert, nearest, parse_scalar
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def test_none_is_a_word_where_it_is_a_choice_and_null_where_it_is_optional() -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nmae": 1}, r"^f: unknown key 'nmae'; known: name, rate, .* \(did you mean 'name'\?\)"),
+        ({"nmae": 1}, r"^f: unknown key 'nmae' \(did you mean 'name'\?\); known: name, rate, .*, free$"),
         ({"name": 3}, r"^f\.name: expected text, got 3$"),
         ({"rate": "fast"}, r"^f\.rate: expected number, got 'fast'$"),
         ({"rate": True}, r"^f\.rate: expected number, got True$"),
@@ -76,6 +76,11 @@ def test_none_is_a_word_where_it_is_a_choice_and_null_where_it_is_optional() -> 
 def test_what_does_not_fit_is_refused_with_its_place_and_the_nearest_choice(change: dict, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         convert(Outer, {"name": "x", **change}, "f")
+
+
+def test_only_what_is_near_is_offered() -> None:
+    assert nearest("ease", ["erase", "rope_base"]) == " (did you mean 'erase'?)"
+    assert nearest("erase", ["rope_base", "head_dim"]) == ""
 
 
 def test_a_missing_key_is_named() -> None:
