@@ -19,7 +19,6 @@ from hybridzoo.blocks.residual import Block
 from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 from hybridzoo.mixers.schema import SpecError
 
-
 DEFAULT_CONTEXT = 4096
 
 

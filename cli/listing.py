@@ -35,6 +35,7 @@ def list_command(
     ] = None,
     specs: Annotated[bool, typer.Option("--specs", help="List the shipped specs instead.")] = False,
     studies: Annotated[bool, typer.Option("--studies", help="List the shipped studies instead.")] = False,
+    imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:
     """List token mixers with their gate flags, allowed values, defaults and source; or specs, or studies."""
@@ -45,13 +46,14 @@ def list_command(
     elif studies:
         list_studies(as_json)
     elif mixer is not None:
-        _list_words(mixer, as_json)
+        _list_words(mixer, imports, as_json)
     else:
-        _list_mixers(as_json)
+        _list_mixers(imports, as_json)
 
 
-def _list_mixers(as_json: bool) -> None:
+def _list_mixers(imports: list[str] | None, as_json: bool) -> None:
     with working("reading the registry"):
+        names.import_own(imports)
         from hybridzoo.mixers import list_mixers
         from hybridzoo.mixers.registry import GATE_FLAGS
     entries = list_mixers()
@@ -82,8 +84,9 @@ def _list_mixers(as_json: bool) -> None:
     console.print("[dim]hybridzoo list NAME shows every word of one mixer.[/]")
 
 
-def _list_words(name: str, as_json: bool) -> None:
+def _list_words(name: str, imports: list[str] | None, as_json: bool) -> None:
     with working("reading the registry"):
+        names.import_own(imports)
         from hybridzoo.mixers.registry import get_entry
     entry = get_entry(name, "hybridzoo list")
     if as_json:

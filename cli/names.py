@@ -1,4 +1,4 @@
-"""Names a user may give, and what Tab makes of them: shipped specs and studies, files, trained folders.
+"""Names a user may give, and what Tab makes of them: specs, studies, files, trained folders, code of their own.
 
 Reads the package's data folders by name only, without the modules that understand them: a shell asks at every key press
 and should not wait for torch.
@@ -47,6 +47,25 @@ StudyName = Annotated[
         metavar="STUDY", help="A shipped study or a YAML file.", autocompletion=complete_study, show_default=False
     ),
 ]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        "-i",
+        metavar="MODULE_OR_FILE",
+        help="Python that registers mixers of your own: a path that ends in .py, or a module. May be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def import_own(imports: list[str] | None) -> list[str]:
+    """Import what `--import` named, and return it."""
+    from hybridzoo.mixers.user_code import import_user_code
+
+    for name in imports or []:
+        import_user_code(name)
+    return imports or []
 
 
 def _local(incomplete: str) -> Iterator[str]:

@@ -52,6 +52,7 @@ def generate_command(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest bytes.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Make the draw repeatable.")] = None,
+    imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt and continuation as data, at the end.")] = False,
 ) -> None:
     """Go on from a prompt with a byte-level model, printing each byte as it is drawn."""
@@ -61,6 +62,7 @@ def generate_command(
     with working("loading the model"):
         import torch
 
+        names.import_own(imports)
         model = _load(source, overrides or [])
     ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()[None]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

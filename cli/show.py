@@ -44,12 +44,14 @@ def show_command(
             min=1,
         ),
     ] = None,
+    imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:
     """Print a stack layer by layer: mixers with their flags, parameters, FLOPs a token, state and KV bytes."""
     with working("counting"):
         from hybridzoo.architectures import account, load_spec
 
+        names.import_own(imports)
         loaded = load_spec(spec, overrides or [])
         if context is not None and loaded.max_context is not None and context > loaded.max_context:
             raise fail(f"--context {context} is over the spec's max_context {loaded.max_context}")

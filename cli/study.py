@@ -36,6 +36,7 @@ def run_command(
         int | None,
         typer.Option("--processes", "-p", help="Trials at a time. Default: one a core, or one on a GPU.", min=0),
     ] = None,
+    imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary of the run as data.")] = False,
 ) -> None:
     """Train every stack of a study, going on from what is already there, and write the report."""
@@ -43,9 +44,10 @@ def run_command(
         from hybridzoo.studies import load_study, run_study, write_report
         from hybridzoo.studies.display import format_seconds
 
+        own = names.import_own(imports)
         loaded = load_study(study, overrides or [])
     folder = out or Path("runs") / loaded.name
-    run = run_study(loaded, folder, processes=processes)
+    run = run_study(loaded, folder, processes=processes, imports=own)
     report = None
     if run.finished + run.reused > len(run.failed):
         with working("drawing the report"):

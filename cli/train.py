@@ -65,6 +65,7 @@ def train_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the result. Default: runs/SPEC-TASK.")
     ] = None,
+    imports: names.Imports = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in that folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as data.")] = False,
 ) -> None:
@@ -80,6 +81,7 @@ def train_command(
         from hybridzoo.training import train
         from hybridzoo.training.units import count
 
+        names.import_own(imports)
         sorted_words = _sort(overrides or [])
         options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
         config = _config(sorted_words["train"], options)

@@ -5,35 +5,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_code import OWN, forgotten
 
-import hybridzoo.mixers as mixers
-from hybridzoo.mixers import SpecError, build_mixer
+from hybridzoo.mixers import SpecError, build_mixer, get_entry
 from hybridzoo.mixers.user_code import import_user_code
-
-OWN = """from __future__ import annotations
-
-from dataclasses import dataclass
-
-from hybridzoo.mixers import Carve, register_mixer
-
-
-@register_mixer("{name}", source="nobody", summary="CARVE under another name")
-class Own(Carve):
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Carve.Config):
-        turns: int = 3
-"""
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch, tmp_path):
-    """A registry and a table of modules that forget what a test adds."""
+def fresh(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mixers.registry, "_REGISTRY", dict(mixers.registry._REGISTRY))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+    with forgotten():
+        yield
 
 
 def test_a_file_brings_the_mixers_that_it_registers():
@@ -66,7 +48,7 @@ def test_files_of_one_name_in_two_folders_are_two_modules():
         Path(folder).mkdir()
         Path(folder, "own.py").write_text(OWN.format(name=f"mine_{folder}"))
         import_user_code(f"{folder}/own.py")
-    one, two = (mixers.get_entry(f"mine_{folder}").cls for folder in "ab")
+    one, two = (get_entry(f"mine_{folder}").cls for folder in "ab")
     assert one.__module__ != two.__module__
 
 
