@@ -24,6 +24,11 @@ def is_run(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and (folder / SPEC).is_file()
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether any part of a trained model is in `folder`."""
+    return (folder / WEIGHTS).exists() or (folder / RECORD).exists()
+
+
 def require_safetensors() -> None:
     """Raise `ModuleNotFoundError` now, and not after an hour of training."""
     import safetensors.torch  # noqa: F401

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybridzoo.cli import listing, names
 from hybridzoo.cli.output import FAILED, command, fail, print_json, stdout, working
+
+if TYPE_CHECKING:
+    from hybridzoo.studies import Run
 
 app = typer.Typer(no_args_is_help=True, help="Compare stacks: run a study, write its report, list what is shipped.")
 
@@ -21,6 +24,8 @@ hybridzoo study run quickstart --out runs/one-seed "seeds=[0]"
 hybridzoo study run my-study.yaml --processes 4
 
 A study that was stopped goes on when the same command is given again."""
+
+SHOWN = 3  # different errors that a message repeats
 
 
 @app.command("run", epilog=EPILOG)
@@ -41,15 +46,23 @@ def run_command(
 ) -> None:
     """Train every stack of a study, going on from what is already there, and write the report."""
     with working("loading the study"):
+        from hybridzoo.cli.runs import holds_model
         from hybridzoo.studies import load_study, run_study, write_report
         from hybridzoo.studies.display import format_seconds
 
         own = names.import_own(imports)
         loaded = load_study(study, overrides or [])
     folder = out or Path("runs") / loaded.name
-    run = run_study(loaded, folder, processes=processes, imports=own)
+    if holds_model(folder):
+        raise fail(f"{folder} holds a trained model; give the study a folder of its own with --out")
+    try:
+        run = run_study(loaded, folder, processes=processes, imports=own)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # its kinds are failures; itself is what run_study says of a busy folder
+            raise
+        raise fail(str(error)) from None
     report = None
-    if run.finished + run.reused > len(run.failed):
+    if run.finished + run.reused:
         with working("drawing the report"):
             report = write_report(folder)
     if as_json:
@@ -71,11 +84,21 @@ def run_command(
         if report is not None:
             console.print(f"report: [bold]{report}[/]", soft_wrap=True)
     if run.failed:
-        raise fail(
-            f"{len(run.failed)} trials failed, the first with: {run.failed[0][1]}\n"
-            "the report shows all of them; the same command tries them again",
-            FAILED,
-        )
+        raise fail(_failures(run, "no report was written" if report is None else "the report shows them"), FAILED)
+
+
+def _failures(run: Run, report: str) -> str:
+    """Say how many trials failed, each different error once, and where all of them are recorded."""
+    from hybridzoo.studies.runner import TRIALS
+
+    errors = list(dict.fromkeys(error for _, error in run.failed))
+    more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    listed = "\n".join(f"  {line}" for line in [*errors[:SHOWN], *more])
+    count = len(run.failed)
+    return (
+        f"{count} {'trial' if count == 1 else 'trials'} failed:\n{listed}\n"
+        f"{report}, and {run.folder / TRIALS} holds each one's error; the same command tries them again"
+    )
 
 
 @app.command("report")
