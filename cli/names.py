@@ -53,7 +53,7 @@ Imports = Annotated[
         "--import",
         "-i",
         metavar="MODULE_OR_FILE",
-        help="Python that registers mixers of your own: a path that ends in .py, or a module. May be repeated.",
+        help="Python that registers mixers or tasks of your own: a path that ends in .py, or a module. Repeatable.",
         show_default=False,
     ),
 ]

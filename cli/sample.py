@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 import time
 from pathlib import Path
@@ -46,9 +47,14 @@ def generate_command(
         str, typer.Option("--prompt", "-p", help="The text to go on from; - reads it from stdin.")
     ] = "\n",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Bytes to add.", min=0)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte, 1 draws as trained.", min=0.0)] = 0.8,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="0 takes the likeliest byte (the default of [bold]generate[/] in Python), 1 draws as trained.", min=0.0
+        ),
+    ] = 0.8,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest bytes that hold this probability.")
+        float | None, typer.Option(help="Draw from the likeliest bytes that hold this probability.", min=0.0, max=1.0)
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest bytes.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Make the draw repeatable.")] = None,
@@ -62,6 +68,8 @@ def generate_command(
     with working("loading the model"):
         import torch
 
+        from hybridzoo.mixers.schema import SpecError
+
         names.import_own(imports)
         model = _load(source, overrides or [])
     ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()[None]
@@ -69,23 +77,28 @@ def generate_command(
     pieces: list[str] = []
 
     def show(tokens: torch.Tensor) -> None:
-        pieces.append(decoder.decode(bytes(tokens.tolist())))
-        if not as_json:
-            typer.echo(pieces[-1], nl=False)
-            sys.stdout.flush()
+        say(decoder.decode(bytes(tokens.tolist())))
 
-    if not as_json:
-        typer.echo(text, nl=False)
-        sys.stdout.flush()
+    def say(piece: str) -> None:
+        if not as_json:
+            typer.echo(piece if pieces else text + piece, nl=False)
+            sys.stdout.flush()
+        pieces.append(piece)
+
     started = time.perf_counter()
     model.eval()
-    model.generate(ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, on_tokens=show)
+    try:
+        model.generate(
+            ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, on_tokens=show
+        )
+    except ValueError as error:  # options that do not go together, or more tokens than the model takes
+        raise SpecError(str(error)) from error
     seconds = time.perf_counter() - started
-    pieces.append(decoder.decode(b"", final=True))
+    say(decoder.decode(b"", final=True))
     if as_json:
         print_json({"prompt": text, "continuation": "".join(pieces), "tokens": max_new_tokens, "seconds": seconds})
         return
-    typer.echo(pieces[-1])
+    typer.echo()
     note(f"{max_new_tokens} bytes in {seconds:.1f} s")
 
 
@@ -101,6 +114,8 @@ def _load(source: str, overrides: list[str]) -> HybridLM:
         model = load_run(folder)
     elif folder.is_dir():
         raise SpecError(f"{folder}: no trained model here (it would hold {WEIGHTS} and {SPEC})")
+    elif os.sep in source and folder.suffix not in (".yaml", ".yml") and not folder.exists():
+        raise SpecError(f"{source}: no such folder, and no such spec (the path of one ends in .yaml)")
     else:
         model = build_model(load_spec(source, overrides))
         note("these weights are untrained, so what follows is noise; train them first with: hybridzoo train")

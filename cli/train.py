@@ -13,13 +13,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hybridzoo.cli import names
-from hybridzoo.cli.output import command, fail, note, print_json, stderr, stdout, working
+from hybridzoo.cli.output import INTERRUPTED, command, fail, note, print_json, stderr, stdout, working
 
 if TYPE_CHECKING:
-    from hybridzoo.architectures import Spec
+    from hybridzoo.architectures import HybridLM, Spec
     from hybridzoo.studies.tasks import StudyTask
+    from hybridzoo.training import History, TrainConfig
     from hybridzoo.training import Progress as Step
-    from hybridzoo.training import TrainConfig
 
 EPILOG = """[bold]Examples[/]
 
@@ -27,7 +27,9 @@ hybridzoo train carve-hybrid-tiny --steps 200
 
 hybridzoo train carve-hybrid-tiny "layers=(c*7 a)" train.lr=3e-3 task.length=512
 
-hybridzoo train my-stack.yaml --task mqar task.pairs=16"""
+hybridzoo train my-stack.yaml --task mqar task.pairs=16
+
+Weights are saved at the end: a run that is stopped before it keeps nothing."""
 
 PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
 
@@ -77,8 +79,8 @@ def train_command(
         import torch
 
         from hybridzoo.architectures import build_model
+        from hybridzoo.studies.runner import PLAN
         from hybridzoo.studies.tasks import build_task
-        from hybridzoo.training import train
         from hybridzoo.training.units import count
 
         names.import_own(imports)
@@ -89,18 +91,19 @@ def train_command(
         built = build_task(task_words, "task")
         resolved = _spec(spec, sorted_words["spec"], built)
     folder = out or Path("runs") / f"{resolved.name}-{task}"
+    if (folder / PLAN).exists():
+        raise fail(f"{folder} holds a study's run ({PLAN}); give another --out")
     if is_run(folder) and not overwrite:
         raise fail(f"{folder} holds a trained model already; give another --out, or --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is found now, not after the training
-    config.resolve_device()
+    config.resolve_device()  # what is not there is found now, and so is a folder that cannot be
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     with working("building the model"):
         model = build_model(resolved)
     parameters = sum(p.numel() for p in model.parameters())
     note(f"{resolved.name}: {len(resolved.layers)} layers, {count(parameters)} parameters; {built.shown.about}")
     started = time.perf_counter()
-    with _display(config.steps, built) as show:
-        history = train(model, built, config, show)
+    history = _train(model, built, config)
     record = {
         "spec": resolved.name,
         "task": task_words,
@@ -166,6 +169,25 @@ def _spec(name: str, overrides: list[str], task: StudyTask) -> Spec:
             raise SpecError(f"vocab_size: {spec.vocab_size} is below the task's {task.vocab_size}")
         return spec
     return dataclasses.replace(spec, vocab_size=task.vocab_size)
+
+
+def _train(model: HybridLM, task: StudyTask, config: TrainConfig) -> History:
+    """Train and show how it goes; an interruption says how far it came and that nothing is kept."""
+    from hybridzoo.training import train
+
+    done = 0
+
+    def heard(step: Step) -> None:
+        nonlocal done
+        done = step.step
+        show(step)
+
+    try:
+        with _display(config.steps, task) as show:
+            return train(model, task, config, heard)
+    except KeyboardInterrupt:
+        where = f"interrupted after step {done} of {config.steps}"
+        raise fail(f"{where}; nothing was saved: weights are written at the end", INTERRUPTED) from None
 
 
 def _score(task: StudyTask, metrics: dict[str, float]) -> str:

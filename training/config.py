@@ -67,10 +67,14 @@ class TrainConfig:
             raise SpecError(f".device: '{self.device}' is not auto, cpu, cuda or cuda:N") from None
 
     def resolve_device(self) -> torch.device:
-        """Return the device that `device` stands for here; `SpecError` where there is no such device."""
+        """Return the device that `device` stands for here.
+
+        Raises: `SpecError` that names `train.device`, as specs, studies and the command line call it, where there is no
+        such device.
+        """
         device = self._named_device()
         if device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise SpecError(f".device: '{self.device}' is asked for, but torch sees no GPU here")
+            raise SpecError(f"train.device: '{self.device}' is asked for, but torch sees no GPU here")
         return device

@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 
+from hybridzoo import training
 from hybridzoo.architectures import build_model, load_spec
 from hybridzoo.cli.runs import RECORD, SPEC, WEIGHTS, load_run, save_run
+from hybridzoo.training import Progress
 
 QUICK = ["--steps", "3", "--batch-size", "2", "task.length=32", "task.examples=4", "task.quick_examples=2"]
 
@@ -99,6 +101,38 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(run, tiny, text):
     assert "step 1" not in result.stderr
 
 
+def test_a_gpu_that_is_not_there_is_found_before_training(run, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in ([], ["train.log_every=5"]):
+        result = run("train", tiny, *QUICK, *words, "--device", "cuda", ok=False)
+        assert result.exit_code == 2
+        assert result.stderr == "error: train.device: 'cuda' is asked for, but torch sees no GPU here\n"
+        assert not (tiny.parent / "runs").exists()
+
+
+def test_an_interrupted_training_says_how_far_it_came_and_that_nothing_is_kept(run, tiny, text, monkeypatch):
+    def interrupted(model, task, config, on_progress):
+        on_progress(Progress(2, config.steps, 5.0, 1e-3, 100.0, {}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    result = run("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a", ok=False)
+    assert result.exit_code == 130
+    assert "interrupted after step 2 of 3; nothing was saved" in result.stderr
+    assert not list(tiny.parent.glob("runs/a/*"))
+    assert "keeps nothing" in " ".join(run("train", "--help").stdout.split())
+
+
+def test_a_model_is_not_saved_among_a_study_s_results(run, tiny, text):
+    folder = tiny.parent / "runs" / "study"
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text("{}")
+    result = run("train", tiny, *QUICK, f"task.folder={text}", "--out", folder, "--overwrite", ok=False)
+    assert result.exit_code == 2
+    assert "runs/study holds a study's run (study.json); give another --out" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["study.json"]
+
+
 def test_text_goes_on_from_the_prompt(run, trained):
     out = run("generate", trained, "--prompt", "def ", "-n", "8", "--seed", "1").stdout
     assert out.startswith("def ")
@@ -112,6 +146,10 @@ def test_the_streamed_text_is_what_the_model_generates(run, trained):
     ids = torch.tensor([list(b"def ")])
     wanted = bytes(load_run(trained).generate(ids, 6)[0, 4:].tolist()).decode(errors="replace")
     assert json.loads(out)["continuation"] == wanted
+
+
+def test_no_bytes_to_add_leave_the_prompt(run, trained):
+    assert run("generate", trained, "--prompt", "def ", "-n", "0").stdout == "def \n"
 
 
 def test_a_prompt_can_come_from_stdin(run, trained):
@@ -129,14 +167,22 @@ def test_an_untrained_spec_speaks_but_says_so(run):
         (["nowhere"], "no spec 'nowhere'"),
         (["carve-tiny", "vocab_size=300"], "byte-level"),
         (["carve-tiny", "--prompt", ""], "empty"),
-        (["carve-tiny", "--top-p", "0"], "top_p"),
+        (["carve-tiny", "--top-p", "0"], "top_p must be above 0"),
+        (["carve-tiny", "--top-p", "2"], "--top-p"),
+        (["carve-tiny", "--temperature", "-1"], "--temperature"),
+        (["carve-tiny", "--temperature", "0", "--top-k", "3"], "give a temperature above 0"),
+        (["carve-tiny", "max_context=8", "--prompt", "def", "-n", "9"], "12 tokens are more than max_context 8"),
+        (["runs/nothing"], "runs/nothing: no such folder, and no such spec"),
+        (["nothing.yaml"], "nothing.yaml: no such file"),
         (["."], "no trained model here"),
     ],
 )
 def test_what_cannot_be_generated_from_is_refused(run, words, said):
     result = run("generate", *words, ok=False)
+    assert result.exit_code == 2
     assert said in result.stderr
-    assert result.stdout in ("", "\n")
+    assert "HYBRIDZOO_TRACEBACK" not in result.stderr
+    assert result.stdout == ""
 
 
 def test_a_trained_model_takes_no_overrides(run, trained):
