@@ -40,14 +40,15 @@ class Gates(nn.Module):
     def reset_parameters(self, lowest_rate: float = 1.0) -> None:
         """Draw as Mamba-2 and its successors do: rates uniform in `[lowest_rate, 16]`, steps log-uniform in [.001, .1].
 
-        The content pair starts with U1 of unit gain and `U2 = 0`, so that CARVE starts as its token gate alone.
+        The content pair starts with U1 of unit gain and `U2 = 0`, so that CARVE starts as its token gate alone; and
+        drawing it leaves torch's global generator where it was, so that what is drawn later starts so too.
         """
         if self.A_log is not None and self.dt_bias is not None:
             self.A_log.uniform_(lowest_rate, 16.0).log_()
             dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
             dt.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         if self.content_down is not None and self.content_up is not None:
-            self.content_down.normal_(0.0, self.content_down.shape[-1] ** -0.5)
+            self.content_down.normal_(0.0, self.content_down.shape[-1] ** -0.5, generator=_aside(self.content_down))
             self.content_up.zero_()
 
     def log_decay(self, f: Tensor) -> Tensor:
@@ -69,3 +70,14 @@ class Gates(nn.Module):
             return None
         down, up = (pair.expand(n_v_heads, -1, -1) for pair in (self.content_down, self.content_up))
         return ContentGate(down, up, chunk)
+
+
+def _aside(parameter: Tensor) -> torch.Generator | None:
+    """Return a generator seeded by where torch's global one of the parameter's device stands, which does not move."""
+    device = parameter.device
+    if device.type == "meta":
+        return None
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        # Seeding anew, and not drawing here: those would be the numbers that the next parameter draws.
+        seed = int(torch.randint(2**62, (), device=device))
+    return torch.Generator(device).manual_seed(seed)

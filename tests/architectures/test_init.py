@@ -119,3 +119,39 @@ def test_a_head_of_its_own_may_start_at_a_deviation_of_its_own() -> None:
     model = build_model(Spec.from_dict({**spec, "init": {"std": 1.0, "head_std": 0.1}}))
     assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
     assert model.head.weight.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def carve_of(erase: str, seed: int = 0, **words: object) -> HybridLM:
+    words = {"n_heads": 2, "head_dim": 8, "content_rank": 3, "erase": erase, **words}
+    data = {"name": "s", "d_model": 16, "vocab_size": 11, "mixers": {"c": {"type": "carve", **words}}, "layers": "c*3"}
+    torch.manual_seed(seed)
+    return build_model(Spec.from_dict({**data, "tie_embeddings": False}))
+
+
+def test_carve_starts_as_its_token_gate_alone_in_every_parameter_of_the_model() -> None:
+    content, token = dict(carve_of("content").named_parameters()), dict(carve_of("token").named_parameters())
+    after = torch.rand(3)
+    assert token.keys() < content.keys()
+    assert {name.rpartition(".")[2] for name in content.keys() - token.keys()} == {"content_down", "content_up"}
+    for name, parameter in token.items():
+        assert torch.equal(parameter, content[name]), name
+    carve_of("content")
+    assert torch.equal(torch.rand(3), after), "what is drawn after the model is the same too"
+
+
+def test_readouts_differ_between_layers_and_seeds_and_repeat_with_a_seed() -> None:
+    downs = [mixer.gates.content_down for seed in (0, 1) for mixer in mixers_of(carve_of("content", seed))]
+    assert len({tuple(down.flatten().tolist()) for down in downs}) == 6
+    again = [mixer.gates.content_down for mixer in mixers_of(carve_of("content"))]
+    assert all(torch.equal(one, two) for one, two in zip(again, downs[:3], strict=True))
+    drawn = torch.cat(
+        [mixer.gates.content_down.flatten() for mixer in mixers_of(carve_of("content", content_rank=300))]
+    )
+    assert drawn.std().item() == pytest.approx(8**-0.5, rel=0.05)
+
+
+def test_a_readout_without_memory_can_be_drawn_anew() -> None:
+    with torch.device("meta"):
+        mixer = build_mixer(mixer_config("carve", words_for("carve")))
+    mixer.reset_parameters()
+    assert mixer.gates.content_down.is_meta
