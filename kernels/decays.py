@@ -80,21 +80,13 @@ class NoDecay:
         return None
 
 
-class ScalarDecay(NoDecay):
-    """One log-decay a token and head, `[G, C]`: the pair decays are one `[C, C]` matrix a tile."""
+class _VaryingDecay(NoDecay):
+    """What both decays that vary do with `start = exp(G_i)` and `to_last = exp(G_last - G_i)`, `[G, C, K or 1]`."""
 
-    def __init__(self, log_decay: Tensor, stored: bool) -> None:
-        self.stored = stored
-        g = log_decay.clamp(min=RESET)
-        C = g.shape[-1]
-        # Row i of the running sum over rows t of g_t [t > j] is the sum over j < t <= i.
-        between = g[..., None].expand(-1, C, C).tril(-1).cumsum(-2)
-        self.between = between.exp_().tril_()  # exp(G_i - G_j), 1 on the diagonal
-        self.to_last = self.between[:, -1, :, None]
-        start = g.cumsum(-1)
-        self.start = start.exp()[..., None]
-        self.start_predicted = F.pad(self.start[:, :-1], (0, 0, 1, 0), value=1.0) if stored else self.start
-        self.total = self.start[:, -1:]
+    def __init__(self, start: Tensor, to_last: Tensor, stored: bool) -> None:
+        self.start, self.to_last, self.stored = start, to_last, stored
+        self.start_predicted = F.pad(start[:, :-1], (0, 0, 1, 0), value=1.0) if stored else start  # exp(G'_i)
+        self.total = start[:, -1, :, None]
 
     def from_start(self, q: Tensor) -> Tensor:
         return q * self.start
@@ -104,6 +96,18 @@ class ScalarDecay(NoDecay):
 
     def to_end(self, k: Tensor) -> Tensor:
         return k * self.to_last
+
+
+class ScalarDecay(_VaryingDecay):
+    """One log-decay a token and head, `[G, C]`: the pair decays are one `[C, C]` matrix a tile."""
+
+    def __init__(self, log_decay: Tensor, stored: bool) -> None:
+        g = log_decay.clamp(min=RESET)
+        C = g.shape[-1]
+        # Row i of the running sum over rows t of g_t [t > j] is the sum over j < t <= i.
+        between = g[..., None].expand(-1, C, C).tril(-1).cumsum(-2)
+        self.between = between.exp_().tril_()  # exp(G_i - G_j), 1 on the diagonal
+        super().__init__(g.cumsum(-1).exp()[..., None], self.between[:, -1, :, None], stored)
 
     def _between_predicted(self) -> Tensor:  # exp(G'_i - G_j)
         return F.pad(self.between[:, :-1], (0, 0, 1, 0)) if self.stored else self.between
@@ -147,7 +151,7 @@ class _Level(NamedTuple):
     to_middle: Tensor  # exp(G_middle - G_j)
 
 
-class ChannelDecay(NoDecay):
+class ChannelDecay(_VaryingDecay):
     """One log-decay a token and key channel, `[G, C, K]`.
 
     Pairs are split by the smallest aligned block of 2, 4, ..., C tokens that holds both: its middle lies between them,
@@ -156,22 +160,9 @@ class ChannelDecay(NoDecay):
     """
 
     def __init__(self, log_decay: Tensor, stored: bool) -> None:
-        self.stored = stored
         self.log_decay = log_decay.clamp(min=RESET)
-        start = self.log_decay.cumsum(1)
-        self.start = start.exp()
-        self.start_predicted = F.pad(self.start[:, :-1], (0, 0, 1, 0), value=1.0) if stored else self.start
-        self.to_last = _later(self.log_decay, 1, inclusive=False).exp_()
-        self.total = self.start[:, -1, :, None]
-
-    def from_start(self, q: Tensor) -> Tensor:
-        return q * self.start
-
-    def predicted(self, ek: Tensor) -> Tensor:
-        return ek * self.start_predicted
-
-    def to_end(self, k: Tensor) -> Tensor:
-        return k * self.to_last
+        to_last = _later(self.log_decay, 1, inclusive=False).exp_()
+        super().__init__(self.log_decay.cumsum(1).exp(), to_last, stored)
 
     def _levels(self) -> Iterator[_Level]:
         # Sums within a token's own block, which doubles at each level: a half gains the other half's whole.
