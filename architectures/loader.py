@@ -178,22 +178,23 @@ class _Merged:
 
     def placed(self, message: str, file: str) -> str:
         """Put what gave the key at fault before an error message, and what gave the width that it met behind it."""
-        origin, width = self.origin_of(message, file), self.origins.get("d_model", file)
+        origin, width = origin_of(message, self.origins, file), self.origins.get("d_model", file)
         note = f" (d_model from {width})" if " d_model " in message and width != origin else ""
         return f"{origin}: {message}{note}"
 
-    def origin_of(self, message: str, file: str) -> str:
-        """Return what gave the key that an error message starts with: a file or an override.
 
-        Messages start with the key they are about, and an unknown key is quoted next (mixers/schema.py).
-        """
-        key = message.partition(": ")[0]
-        extra = re.match(r"(?:[^:]*: )?unknown (?:key|word) '([^']*)'", message)
-        if extra:
-            key = f"{key}.{extra[1]}" if not message.startswith("unknown") else extra[1]
-        while key and key not in self.origins:
-            key = key.rpartition(".")[0]
-        return self.origins.get(key, file)
+def origin_of(message: str, origins: Mapping[str, str], file: str) -> str:
+    """Return what gave the key that an error message starts with: one of `origins` (by dotted key), or the file.
+
+    Messages start with the key they are about, and an unknown key is quoted next (mixers/schema.py).
+    """
+    key = message.partition(": ")[0]
+    extra = re.match(r"(?:[^:]*: )?unknown (?:key|word) '([^']*)'", message)
+    if extra:
+        key = f"{key}.{extra[1]}" if not message.startswith("unknown") else extra[1]
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return origins.get(key, file)
 
 
 def _changes_type(old: Any, new: Any) -> bool:

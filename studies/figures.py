@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
-from hybridzoo.studies.sentences import memory, size
 from hybridzoo.studies.style import INK, SOFT, Look, legend_below, looks
 from hybridzoo.studies.tasks import Shown
+from hybridzoo.training.units import count, size
 
 
 def draw_all(findings: Findings) -> dict[str, Any]:
@@ -39,9 +39,9 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def _panels(count: int, height: float = 4.0) -> tuple[Any, list[Any]]:
-    figure = _figure(min(5.4 * count + 0.6, 11.4) if count > 1 else 7.2, height)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+def _panels(number: int, height: float = 4.0) -> tuple[Any, list[Any]]:
+    figure = _figure(min(5.4 * number + 0.6, 11.4) if number > 1 else 7.2, height)
+    return figure, list(figure.subplots(1, number, squeeze=False)[0])
 
 
 def _handles(cells: Sequence[Cell], drawn: dict[str, Look], line: bool = False) -> list[Any]:
@@ -87,13 +87,13 @@ def _chance(axes: Any, shown: Shown) -> None:
     )
 
 
-def _point(axes: Any, x: float, cell: Cell, look: Look, size: float = 8.5) -> None:
+def _point(axes: Any, x: float, cell: Cell, look: Look) -> None:
     """Draw a stack's mean, its seeds, and a bar that spans them."""
     axes.plot([x, x], [min(cell.scores), max(cell.scores)], color=look.colour, linewidth=1.6, alpha=0.55, zorder=3)
     axes.plot(
         [x] * len(cell.scores), cell.scores, linestyle="none", marker="_", markersize=7, color=look.colour, zorder=3
     )
-    axes.plot(x, cell.mean, marker=look.mark, markersize=size, color=look.colour, markeredgecolor="white", zorder=4)
+    axes.plot(x, cell.mean, marker=look.mark, markersize=8.5, color=look.colour, markeredgecolor="white", zorder=4)
 
 
 def ratio_curve(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]) -> Any:
@@ -121,11 +121,14 @@ def ratio_curve(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]
 
 
 def _dodged(curves: dict[str, list[Cell]], cells: Sequence[Cell]) -> dict[str, float]:
-    """Give each stack its place on the ratio axis; families at one ratio stand side by side, the largest in place."""
-    order = sorted(curves, key=lambda family: -len(curves[family]))
+    """Give each stack its place on the ratio axis; curves at one ratio stand side by side, the largest in place."""
+    order: dict[str, int] = {}
+    for place, curve in enumerate(sorted(curves.values(), key=len, reverse=True)):
+        for cell in curve:
+            order.setdefault(cell.stack.label, place)
     places: dict[str, float] = {}
     taken: dict[float, int] = {}
-    for cell in sorted(cells, key=lambda cell: order.index(cell.stack.family) if cell.stack.attention < 1 else -1):
+    for cell in sorted(cells, key=lambda cell: order.get(cell.stack.label, -1)):
         number = taken.get(cell.stack.attention, 0)
         taken[cell.stack.attention] = number + 1
         step = 0.022 * ((number + 1) // 2) * (1 if number % 2 else -1)
@@ -188,7 +191,7 @@ def frontier(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]) -
         axes.set_title(task)
         axes.set_xlabel(f"bytes a sequence keeps after {context:,} tokens")
         axes.xaxis.set_major_locator(LogLocator(base=4 if high / low < 2**14 else 16))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: memory(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         _value_axis(axes, shown)
         _chance(axes, shown)
@@ -251,14 +254,14 @@ def parameter_counts(findings: Findings, drawn: dict[str, Look]) -> Any:
         half = plan.study["hold"]["tolerance"] * plan.target
         axes.axvspan(plan.target - half, plan.target + half, color="#e8edf2", zorder=0)
         axes.axvline(plan.target, color=SOFT, linewidth=1, zorder=1)
-        reach = max(1.6 * half, 1.15 * max(abs(count - plan.target) for count in counts))
+        reach = max(1.6 * half, 1.15 * max(abs(one - plan.target) for one in counts))
         axes.set_xlim(plan.target - reach, plan.target + reach)
-    for row, (stack, count) in enumerate(zip(stacks, counts, strict=True)):
+    for row, (stack, held) in enumerate(zip(stacks, counts, strict=True)):
         look = drawn[stack.label]
-        axes.plot(count, row, marker=look.mark, markersize=8, color=look.colour, markeredgecolor="white")
+        axes.plot(held, row, marker=look.mark, markersize=8, color=look.colour, markeredgecolor="white")
         width = "no FFN" if stack.ffn_width is None else f"FFN {stack.ffn_width}"
         axes.annotate(
-            f"{count:,}   {width}",
+            f"{held:,}   {width}",
             (1.01, row),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -270,7 +273,7 @@ def parameter_counts(findings: Findings, drawn: dict[str, Look]) -> Any:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_ylim(-0.6, len(stacks) - 0.4)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(f"parameters on {task}" + (" (band: the tolerance)" if plan.target is not None else ""))
     return figure

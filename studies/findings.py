@@ -8,9 +8,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from hybridzoo.studies.plan import Plan, Stack
+from hybridzoo.studies.plan import Kind, Plan, Stack
 from hybridzoo.studies.stats import Summary, pareto_frontier, still_improving, summarise
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.training import History
@@ -129,19 +129,76 @@ def on_frontier(findings: Findings, task: str) -> list[Cell]:
 
 
 def families(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
-    """Return the ratio curves: for each recurrent family its cells by attention share, with all-attention at the end.
+    """Return the ratio curves by name, each with its cells by attention share.
 
-    Where the study has several all-attention stacks (windows, say), none belongs to a family more than the others, and
-    each curve ends where its own cells do. Stacks of attention alone are no family.
+    One curve holds the mixtures of one recurrent mixer with one attention that differ in nothing else than the order
+    and number of their layers, and ends at the stacks of either alone where the study has them. A recurrent stack that
+    is in no mixture is a curve of one; attention alone is none. Where curves of one family differ in a word (an axis of
+    the study, say), their names end with it.
     """
     cells = list(cells)
-    pure = [cell for cell in cells if cell.stack.attention == 1]
-    curves: dict[str, list[Cell]] = {}
+    kinds = {cell.stack.label: _Group.of(cell.stack.kind) for cell in cells}
+    curves: dict[_Group, list[Cell]] = {}
     for cell in cells:
-        if cell.stack.attention < 1:
-            curves.setdefault(cell.stack.family, []).append(cell)
+        if 0 < cell.stack.attention < 1:
+            curves.setdefault(kinds[cell.stack.label], []).append(cell)
+    for cell in cells:
+        kind = kinds[cell.stack.label]
+        joined = [curve for curve in curves if kind.ends(curve)]
+        for curve in joined:
+            curves[curve].append(cell)
+        if not joined and cell.stack.attention == 0:
+            curves[kind] = [*curves.get(kind, []), cell]
     for members in curves.values():
         members.sort(key=lambda cell: cell.stack.attention)
-        if len(pure) == 1 and len({cell.stack.attention for cell in members}) > 1:
-            members.append(pure[0])
-    return curves
+    return dict(zip(_names(curves), curves.values(), strict=True))
+
+
+Words: TypeAlias = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A stack's `Kind` in a form that can be compared and counted."""
+
+    recurrent: Words
+    attention: Words
+    rest: Words
+    parallel: bool
+
+    @classmethod
+    def of(cls, kind: Kind) -> _Group:
+        return cls(_words(kind.recurrent), _words(kind.attention), _words(kind.rest), kind.parallel)
+
+    def ends(self, mixture: _Group) -> bool:
+        """Whether this is one of the two ends of `mixture`'s curve."""
+        mixers = (self.recurrent, self.attention)
+        return self.rest == mixture.rest and mixers in ((mixture.recurrent, ()), ((), mixture.attention))
+
+    @property
+    def words(self) -> dict[str, str]:
+        return dict([*self.rest, *self.recurrent, *self.attention, ("parallel", str(self.parallel).lower())])
+
+
+def _words(words: Mapping[str, Any]) -> Words:
+    def said(value: Any) -> str:
+        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    return tuple((name, said(value)) for name, value in words.items())
+
+
+def _names(curves: Mapping[_Group, Sequence[Cell]]) -> list[str]:
+    """The family of each curve, and of curves that share one the words in which they differ."""
+    family = {kind: members[0].stack.family for kind, members in curves.items()}  # the first has least attention
+    names: list[str] = []
+    for kind in curves:
+        others = [other.words for other in curves if other != kind and family[other] == family[kind]]
+        words = [
+            f"{name.rpartition('.')[2]}={value}"
+            for name, value in kind.words.items()
+            if any(other.get(name, value) != value for other in others)
+        ]
+        name = f"{family[kind]} ({', '.join(words)})" if words else family[kind]
+        alike = sum(taken.startswith(name) for taken in names)
+        names.append(f"{name} ({alike + 1})" if name in names else name)
+    return names

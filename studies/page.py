@@ -17,9 +17,10 @@ import yaml
 from hybridzoo.studies.display import format_seconds
 from hybridzoo.studies.findings import Cell, Findings
 from hybridzoo.studies.page_style import STYLE
-from hybridzoo.studies.sentences import headline, limits, memory, score, size, training_notes
+from hybridzoo.studies.sentences import gap, headline, limits, score, training_notes
 from hybridzoo.studies.tables import Table
 from hybridzoo.studies.tasks import Shown
+from hybridzoo.training.units import count, size
 
 # A reader's browser is told to load nothing at all, whatever a study's texts may contain.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -55,6 +56,10 @@ def _section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
 
 
+def _several(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _list(sentences: Iterable[str]) -> str:
     items = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in sentences)
     return f"<ul>\n{items}</ul>" if items else ""
@@ -64,20 +69,20 @@ def _header(findings: Findings) -> str:
     plan = findings.plan
     done = sum(len(cell.scores) for cells in findings.cells.values() for cell in cells.values())
     seconds = sum(second for cells in findings.cells.values() for cell in cells.values() for second in cell.seconds)
+    counted = ((len(plan.stacks), "stack"), (len(plan.shown), "task"), (len(plan.study["seeds"]), "seed"))
     facts = [
-        f"{len(plan.stacks)} stacks, {len(plan.shown)} tasks, {len(plan.study['seeds'])} seeds".replace(
-            "1 seeds", "1 seed"
-        ),
+        ", ".join(_several(*pair) for pair in counted),
         f"{done} of {len(plan.trials)} trials finished"
         + (f", in {format_seconds(seconds)} of training and scoring" if done else ""),
     ]
     warnings = []
     if findings.failed:
-        warnings.append(f"{len(findings.failed)} trials failed.")
+        warnings.append(f"{_several(len(findings.failed), 'trial')} failed.")
     if findings.missing:
-        warnings.append(f"{len(findings.missing)} trials have no result yet: this report shows a part of the study.")
+        missing = _several(len(findings.missing), "trial")
+        warnings.append(f"Without a result yet: {missing}. This report shows a part of the study.")
     if findings.faults:
-        warnings.append(f"{len(findings.faults)} result files are damaged and were not used.")
+        warnings.append(f"Damaged and not used: {_several(len(findings.faults), 'result file')}.")
     banner = f'<p class="warning">{escape(" ".join(warnings))}</p>\n' if warnings else ""
     about = f'<p class="about">{escape(plan.study["about"])}</p>\n' if plan.study["about"] else ""
     return (
@@ -148,7 +153,7 @@ def _equal(findings: Findings, pictures: Mapping[str, bytes]) -> str:
     else:
         smallest = min(plan.shown, key=lambda task: plan.stacks[0].parameters[task])
         counts = [stack.parameters[smallest] for stack in plan.stacks]
-        apart = max(abs(count / plan.target - 1) for count in counts)
+        apart = max(abs(one / plan.target - 1) for one in counts)
         parts.append(
             f"<p>Parameters, by the width of the FFN: {plan.target:,} with the vocabulary of {escape(smallest)}, and "
             f"no stack further off than {100 * apart:.2f} % (allowed: {100 * plan.study['hold']['tolerance']:g} %). "
@@ -168,30 +173,36 @@ def _numbers(findings: Findings) -> str:
             continue
         rows = [_row(shown, cell) for cell in cells]
         better = "higher is better" if shown.maximise else "lower is better"
-        context = findings.plan.study["context"]
+        context, length = findings.plan.study["context"], findings.plan.lengths[task]
         heads = [
             *("stack", "layers", "attention"),
             *(f"{shown.label}, {better}", "95 % interval", "each seed"),
-            *("parameters", "training FLOPs a token", f"memory at {context:,} tokens", "of it keys and values"),
+            *(
+                "parameters",
+                f"training FLOPs a token at {length:,}",
+                f"memory at {context:,} tokens",
+                "of it keys and values",
+            ),
             "seconds a trial",
         ]
         parts.append(f"<h3>{escape(task)}</h3>\n<p>{escape(shown.about)}</p>\n{_table(heads, rows)}")
     if parts:
         parts.append(
             "<p>The interval is Student's t over seeds (– for one seed), which assumes nothing but normal scatter; of "
-            "two seeds it is wide, since two values say little of how far a third may lie.</p>"
+            "two seeds it is wide, since two values say little of how far a third may lie. Training FLOPs are counted "
+            "at the length of the training's own sequences.</p>"
         )
     return "\n".join(parts)
 
 
 def _row(shown: Shown, cell: Cell) -> list[str]:
     summary, stack = cell.summary, cell.stack
-    half = "–" if summary.n == 1 else f"± {score(shown, (summary.high - summary.low) / 2)}"
+    half = "–" if summary.n == 1 else f"± {gap(shown, (summary.high - summary.low) / 2)}"
     return [
         *(stack.label, stack.pattern, f"{100 * stack.attention:.3g} %"),
         *(score(shown, cell.mean), half, ", ".join(score(shown, value) for value in cell.scores)),
-        *(f"{stack.parameters[cell.task]:,}", size(stack.train_flops[cell.task])),
-        *(memory(stack.state_bytes), memory(stack.kv_bytes), f"{sum(cell.seconds) / len(cell.seconds):.1f}"),
+        *(f"{stack.parameters[cell.task]:,}", count(stack.train_flops[cell.task])),
+        *(size(stack.state_bytes), size(stack.kv_bytes), f"{sum(cell.seconds) / len(cell.seconds):.1f}"),
     ]
 
 

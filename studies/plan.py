@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,30 @@ from typing import Any
 import torch
 
 from hybridzoo.architectures import Spec, account, load_spec
+from hybridzoo.architectures.account import DEFAULT_CONTEXT
 from hybridzoo.architectures.loader import spec_from
 from hybridzoo.mixers import MixerConfig, build_mixer
 from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 from hybridzoo.mixers.schema import SpecError
+from hybridzoo.studies.code import code_digest
 from hybridzoo.studies.equalise import equalise, parameters
 from hybridzoo.studies.study import Study
-from hybridzoo.studies.tasks import Shown, build_task
+from hybridzoo.studies.tasks import Shown, StudyTask, build_task
 from hybridzoo.studies.trial import Trial
+from hybridzoo.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A stack without its ratio and order: the words of its recurrent mixers, of its attention, and of the rest.
+
+    `parallel` says whether some layer holds several mixers side by side.
+    """
+
+    recurrent: dict[str, Any]
+    attention: dict[str, Any]
+    rest: dict[str, Any]
+    parallel: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +48,16 @@ class Stack:
     """One stack of the study as it is trained, with its costs.
 
     `family` names its recurrent mixers (`attention` where there are none); `attention` is the share of its mixers that
-    keep keys and values. Bytes are for one sequence after the study's `context` tokens, in bfloat16 where a cache is.
+    keep keys and values; `kind` is all else that may differ between stacks but the order of layers and what met the
+    budget, so that a ratio curve joins only what differs in the ratio. Training FLOPs are of the task's own lengths;
+    decoding FLOPs and bytes are for one sequence after the study's `context` tokens, in bfloat16 where a cache is.
     """
 
     label: str
     pattern: str
     family: str
     attention: float
+    kind: Kind
     ffn_width: int | None
     specs: dict[str, dict[str, Any]]  # by task: the vocabulary differs
     parameters: dict[str, int]
@@ -49,10 +69,15 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A study made concrete. `excluded` are stacks that cannot meet the budget: label, and why."""
+    """A study made concrete.
+
+    `excluded` are stacks that cannot meet the budget: label, and why. `lengths` are tokens a sequence in training, by
+    task (at its end, where a curriculum changes them).
+    """
 
     study: dict[str, Any]
     target: int | None
+    lengths: dict[str, int]
     stacks: tuple[Stack, ...]
     excluded: tuple[tuple[str, str], ...]
     shown: dict[str, Shown]
@@ -67,7 +92,8 @@ class Plan:
         return cls(
             study=dict(data["study"]),
             target=data["target"],
-            stacks=tuple(Stack(**stack) for stack in data["stacks"]),
+            lengths=dict(data["lengths"]),
+            stacks=tuple(Stack(**{**stack, "kind": Kind(**stack["kind"])}) for stack in data["stacks"]),
             excluded=tuple((label, why) for label, why in data["excluded"]),
             shown={label: Shown.from_dict(shown) for label, shown in data["shown"].items()},
             trials=tuple(Trial(**trial) for trial in data["trials"]),
@@ -80,18 +106,23 @@ def make_plan(study: Study) -> Plan:
     Raises: `SpecError` naming the study, the stack and the key, for a stack that cannot be built or a budget that none
     can meet.
     """
-    tasks = {label: build_task(entry.task, f"{study.source}: tasks.{label}") for label, entry in study.tasks.items()}
+    tasks = {label: build_task(entry.task, f"tasks.{label}") for label, entry in study.tasks.items()}
     # Absolute differences are the same for any vocabulary, so relative ones are largest at the smallest: solve there.
     smallest = min(task.vocab_size for task in tasks.values())
     specs = {label: _resolve(study, label, smallest) for label in study.stacks}
     target, specs, excluded = _hold(study, specs)
     if not specs:
         listed = "; ".join(f"{label}: {why}" for label, why in excluded)
-        raise SpecError(f"{study.source}: hold.params: no stack can meet the budget ({listed})")
-    stacks = tuple(
-        _stack(label, spec, {name: task.vocab_size for name, task in tasks.items()}, study.context)
+        raise SpecError(study.placed(f"hold.params: no stack can meet the budget ({listed})"))
+    lengths = {name: _trained_length(task, study.tasks[name].train) for name, task in tasks.items()}
+    context = _context(study, specs, lengths)
+    vocabularies = {name: task.vocab_size for name, task in tasks.items()}
+    stacks = tuple(_stack(label, spec, vocabularies, lengths, context) for label, spec in specs.items())
+    code = {
+        (label, name): code_digest([*_mixer_classes(spec), type(task)])
         for label, spec in specs.items()
-    )
+        for name, task in tasks.items()
+    }
     trials = tuple(
         Trial(
             stack=stack.label,
@@ -102,13 +133,22 @@ def make_plan(study: Study) -> Plan:
             fingerprint=tasks[name].fingerprint(),
             train=dataclasses.asdict(replace(entry.train, seed=seed)),
             parameters=stack.parameters[name],
+            code=code[stack.label, name],
         )
         for seed in study.seeds
         for name, entry in study.tasks.items()
         for stack in stacks
     )
     shown = {name: task.shown for name, task in tasks.items()}
-    plan = Plan(study=study.to_dict(), target=target, stacks=stacks, excluded=excluded, shown=shown, trials=trials)
+    plan = Plan(
+        study={**study.to_dict(), "context": context},
+        target=target,
+        lengths=lengths,
+        stacks=stacks,
+        excluded=excluded,
+        shown=shown,
+        trials=trials,
+    )
     # Through JSON once: what workers are given is then exactly what a later run reads from the disk, tuples and all.
     return Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
 
@@ -122,8 +162,9 @@ def _resolve(study: Study, label: str, vocab_size: int) -> Spec:
         return spec_from(study.spec, overrides, "spec", study.folder)
     except SpecError as error:
         # What is wrong with the base is wrong with every stack; naming one of them would mislead.
-        place = "" if str(error).startswith("spec") else f"stacks.{label}: "
-        raise SpecError(f"{study.source}: {place}{error}") from None
+        # A stack's own words reach the spec as overrides.
+        message, own = re.subn(r"^override '.*?': ", f"stacks.{label}.", str(error))
+        raise SpecError(study.placed(message if own or message.startswith("spec") else f"spec: {message}")) from None
 
 
 def _found(name: str, folder: Path) -> str:
@@ -142,19 +183,46 @@ def _hold(study: Study, specs: dict[str, Spec]) -> tuple[int | None, dict[str, S
     return target, {label: result.spec for label, result in solved.items() if result.reached}, excluded
 
 
-def _stack(label: str, spec: Spec, vocabularies: Mapping[str, int], context: int) -> Stack:
+def _trained_length(task: StudyTask, config: TrainConfig) -> int:
+    """Tokens a sequence at the end of the training, where a curriculum is over."""
+    return task.batch(config.steps - 1, 1, torch.Generator().manual_seed(0)).ids.shape[1]
+
+
+def _context(study: Study, specs: Mapping[str, Spec], lengths: Mapping[str, int]) -> int:
+    """The length at which inference is counted: as asked for, else the usual, within what every stack takes."""
+    limits = {label: spec.max_context for label, spec in specs.items() if spec.max_context is not None}
+    for label, limit in limits.items():
+        if study.context is not None and study.context > limit:
+            raise SpecError(study.placed(f"context: {study.context} is over max_context {limit} of stacks.{label}"))
+        for name, length in lengths.items():
+            if length > limit:
+                raise SpecError(
+                    study.placed(
+                        f"tasks.{name}: its sequences of {length} are over max_context {limit} of stacks.{label}"
+                    )
+                )
+    return study.context or min([DEFAULT_CONTEXT, *limits.values()])
+
+
+def _mixer_classes(spec: Spec) -> set[type]:
+    return {entry_of(config).cls for layer in spec.layers for _, config in layer.mixers}
+
+
+def _stack(label: str, spec: Spec, vocabularies: Mapping[str, int], lengths: Mapping[str, int], context: int) -> Stack:
     by_task = {name: replace(spec, name=label, vocab_size=size) for name, size in vocabularies.items()}
     accounts = {name: account(one, context=context) for name, one in by_task.items()}
+    trained = {name: account(one, context=lengths[name]) for name, one in by_task.items()}
     first = next(iter(accounts.values()))
     return Stack(
         label=label,
         pattern=spec.pattern,
         family=_family(spec),
         attention=_attention(spec),
+        kind=_kind(spec),
         ffn_width=None if spec.ffn.type == "none" else spec.ffn.hidden(spec.d_model),
         specs={name: one.to_dict() for name, one in by_task.items()},
         parameters={name: a.parameters for name, a in accounts.items()},
-        train_flops={name: a.train_flops_per_token for name, a in accounts.items()},
+        train_flops={name: a.train_flops_per_token for name, a in trained.items()},
         decode_flops={name: a.decode_flops_per_token for name, a in accounts.items()},
         state_bytes=first.state_bytes,
         kv_bytes=first.kv_bytes,
@@ -179,6 +247,38 @@ def _family(spec: Spec) -> str:
         mixer_name(config) for layer in spec.layers for _, config in layer.mixers if not _keeps_keys(config)
     )
     return " + ".join(names) or "attention"
+
+
+def _kind(spec: Spec) -> Kind:
+    # What the task, the budget and the order of layers decide is not the stack's kind, nor is its name.
+    chosen = {name: value for name, value in spec.to_dict().items() if name not in _NOT_OF_A_KIND}
+    configs = {config for layer in spec.layers for _, config in layer.mixers}
+    return Kind(
+        recurrent=_words(config for config in configs if not _keeps_keys(config)),
+        attention=_words(config for config in configs if _keeps_keys(config)),
+        rest={key: value for key, value in _flat(chosen).items() if key not in ("ffn.width", "ffn.expand")},
+        parallel=any(len(layer.mixers) > 1 for layer in spec.layers),
+    )
+
+
+_NOT_OF_A_KIND = ("name", "layers", "mixers", "vocab_size")
+
+
+def _words(configs: Iterable[MixerConfig]) -> dict[str, Any]:
+    """The words of distinct mixers as one flat mapping, whatever order they come in."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, words in sorted(((entry_of(one).name, dataclasses.asdict(one)) for one in configs), key=json.dumps):
+        place = name if name not in entries else f"{name} {len(entries) + 1}"
+        entries[place] = words
+    return _flat(entries)
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        flat.update({f"{name}.{key}".rstrip("."): one for key, one in inner})
+    return flat
 
 
 def mixer_name(config: MixerConfig) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -54,14 +54,16 @@ def run_study(
     processes: int | None = None,
     threads: int | None = None,
     retry_failed: bool = True,
+    imports: Sequence[str] = (),
     display: Display | None = None,
 ) -> Run:
     """Run every trial of `study` that `folder` holds no finished result of.
 
     `processes` workers (default: one a core, or one where there is a GPU; 0 runs the trials in this process) of
-    `threads` threads each (default: the cores shared out evenly). A trial that fails is recorded with its error and
-    skipped; the next call tries it again unless `retry_failed` is false. `KeyboardInterrupt` stops the workers and is
-    raised on; the folder stays resumable.
+    `threads` threads each (default: OMP_NUM_THREADS where it is set, else the cores shared out evenly). A trial that
+    fails is recorded with its error and skipped; the next call tries it again unless `retry_failed` is false. `imports`
+    are modules or files that register a user's mixers and tasks: workers import them before they build anything.
+    `KeyboardInterrupt` stops the workers and is raised on; the folder stays resumable.
 
     Raises: `SpecError` for a study that cannot be planned; `RuntimeError` where another process is at the same folder.
     """
@@ -76,10 +78,10 @@ def run_study(
     with _only_one(root):
         _save_plan(root, plan)
         remove_leftovers(root / TRIALS)
-        jobs = _jobs_to_run(root, plan, retry_failed, display)
+        jobs = _jobs_to_run(root, plan, retry_failed, tuple(imports), display)
         workers = _default_processes() if processes is None else processes
         workers = min(workers, len(jobs))
-        per_worker = threads or max(1, _cores() // max(1, workers))
+        per_worker = threads or _threads_asked_for() or max(1, _cores() // max(1, workers))
         for label, why in plan.excluded:
             display.note(f"left out, since it cannot meet the budget: {label}: {why}")
         failed = _run(jobs, len(plan.trials) - len(jobs), workers, per_worker, plan, display)
@@ -120,6 +122,11 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def _threads_asked_for() -> int | None:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else None
+
+
 def _default_processes() -> int:
     return 1 if torch.cuda.is_available() else _cores()
 
@@ -132,22 +139,22 @@ def _save_plan(root: Path, plan: Plan) -> None:
             write_text(root / SPECS / name, Spec.from_dict(spec, name).to_yaml())
 
 
-def _jobs_to_run(root: Path, plan: Plan, retry_failed: bool, display: Display) -> list[Job]:
+def _jobs_to_run(root: Path, plan: Plan, retry_failed: bool, imports: tuple[str, ...], display: Display) -> list[Job]:
     jobs = []
     for trial in plan.trials:
         path = root / TRIALS / trial.file_name
         try:
             result = read_result(path, trial.key)
         except FileNotFoundError:
-            jobs.append(Job(trial, path))
+            jobs.append(Job(trial, path, imports))
         except CorruptResultError as error:
             aside = path.with_suffix(".corrupt")
             os.replace(path, aside)
             display.note(f"will be run again: {error}; the bad file is kept as {aside.name}")
-            jobs.append(Job(trial, path))
+            jobs.append(Job(trial, path, imports))
         else:
             if result["status"] == "failed" and retry_failed:
-                jobs.append(Job(trial, path))
+                jobs.append(Job(trial, path, imports))
     return jobs
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
 from hybridzoo.studies.stats import difference, spread
 from hybridzoo.studies.tasks import Shown
+from hybridzoo.training.units import count, size
 
 
 def score(shown: Shown, value: float) -> str:
@@ -29,42 +30,42 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def size(amount: float, unit: str = "") -> str:
-    """Return a number with three digits and a metric prefix: `149 k`, `1.05 M`."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(amount) >= factor:
-            return f"{amount / factor:.3g} {prefix}{unit}".strip()
-    return f"{amount:.3g} {unit}".strip()
-
-
-def memory(count: float) -> str:
-    """Return bytes with a binary prefix: `2.02 MiB`."""
-    for factor, prefix in ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):
-        if count >= factor:
-            return f"{count / factor:.3g} {prefix}B"
-    return f"{count:.0f} B"
-
-
 def headline(findings: Findings, task: str) -> list[str]:
     """Return what was found on one task, a sentence each: the ranking, the ratio curves, and what cannot be told."""
     shown, ranked = findings.shown(task), findings.ranked(task)
     if not ranked:
         return [f"On {task} no trial has finished."]
     best, worst = ranked[0], ranked[-1]
+    guessing = [cell.stack.label for cell in ranked if _at_chance(shown, cell)]
+    if len(guessing) == len(ranked):
+        return [
+            f"On {task} ({shown.label}) no stack does better than guessing ({score(shown, shown.chance or 0)}): "
+            "nothing was learnt, so nothing is compared."
+        ]
     said = [
-        f"On {task} ({shown.label}), {best.stack.label} is best on average, {_with_seeds(shown, best)}"
+        f"On {task} ({shown.label}), {best.stack.label} is {_best(ranked)}, {_with_seeds(shown, best)}"
         + (f"; {worst.stack.label} is last, {_with_seeds(shown, worst)}." if len(ranked) > 1 else ".")
     ]
-    if ties := _not_told_apart(ranked, shown.maximise):
+    if _lone(ranked):
+        said.append("With one seed nothing says how far chance moves a score, so no order of stacks is established.")
+    elif ties := _not_told_apart(ranked, shown.maximise):
         said.append(f"From the best, these seeds do not separate {joined([cell.stack.label for cell in ties])}.")
     for name, curve in families(ranked).items():
         said += _ratio(shown, name, curve)
     if len(ranked) > 1:
         said.append(_frontier(findings, task))
-    guessing = [cell.stack.label for cell in ranked if _at_chance(shown, cell)]
     if guessing:
         said.append(f"No better than guessing ({score(shown, shown.chance or 0)}): {joined(guessing)}.")
     return said
+
+
+def _lone(cells: Sequence[Cell]) -> bool:
+    """Whether stacks are to be compared of which some have only one seed."""
+    return len(cells) > 1 and min(len(cell.scores) for cell in cells) == 1
+
+
+def _best(cells: Sequence[Cell]) -> str:
+    return "best" if max(len(cell.scores) for cell in cells) == 1 else "best on average"
 
 
 def _with_seeds(shown: Shown, cell: Cell) -> str:
@@ -106,10 +107,10 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
     means = [cell.mean for cell in curve]
     noise = max(spread(cell.scores) for cell in curve)
     whole = max(means) - min(means)
-    if whole <= 2 * noise:
+    if not _lone(curve) and whole <= 2 * noise:
         return [
             f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, no more than twice "
-            f"what two seeds of one stack do ({gap(shown, noise)}): flat, as far as this can tell."
+            f"what the seeds of one stack do ({gap(shown, noise)}): flat, as far as this can tell."
         ]
     steps = [(sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)]
     jump, before, after = max(steps, key=lambda step: abs(step[0]))
@@ -127,7 +128,9 @@ def _best_ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> str:
     ranked = sorted(curve, key=lambda cell: cell.mean, reverse=shown.maximise)
     ties = sorted({cell.stack.attention for cell in _not_told_apart(ranked, shown.maximise)})
     ties = [share for share in ties if share != ranked[0].stack.attention]
-    said = f"Of the mixtures of attention and {name}, that with {_share(ranked[0])} attention is best on average"
+    said = f"Of the mixtures of attention and {name}, that with {_share(ranked[0])} attention is {_best(ranked)}"
+    if _lone(ranked):
+        return f"{said}; one seed does not say whether by more than chance."
     if not ties:
         return f"{said}, ahead of every other by more than its seeds differ."
     return f"{said}; the seeds do not separate it from {joined([f'{100 * share:.3g} %' for share in ties])}."
@@ -135,7 +138,7 @@ def _best_ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> str:
 
 def _frontier(findings: Findings, task: str) -> str:
     cells = on_frontier(findings, task)
-    named = joined([f"{cell.stack.label} ({memory(cell.stack.state_bytes)})" for cell in cells])
+    named = joined([f"{cell.stack.label} ({size(cell.stack.state_bytes)})" for cell in cells])
     stand, them = ("stands", "it") if len(cells) == 1 else ("stand", "them")
     return f"Of quality against inference memory, {named} {stand} on the frontier: no mean beats {them} on both."
 
@@ -171,7 +174,7 @@ def limits(findings: Findings) -> list[str]:
     """Say what the study does not show, from the facts of this run."""
     plan, study = findings.plan, findings.plan.study
     counts = [n for stack in plan.stacks for n in stack.parameters.values()]
-    least, most = size(min(counts)), size(max(counts))
+    least, most = count(min(counts)), count(max(counts))
     scale = least if least == most else f"{least} to {most}"
     said = [
         f"Models here have {scale} parameters: whether an order of stacks found at this size holds at another is not "
@@ -181,12 +184,16 @@ def limits(findings: Findings) -> list[str]:
         tokens = [history.tokens for cell in findings.of(task) for history in cell.histories]
         if tokens:
             said.append(
-                f"On {task} each trained on {size(max(tokens))} tokens; a longer training may order them otherwise."
+                f"On {task} each trained on {count(max(tokens))} tokens; a longer training may order them otherwise."
             )
     seeds = len(study["seeds"])
     if seeds < 3:
-        count = "One seed says nothing of chance" if seeds == 1 else "Two seeds bound chance only loosely"
-        said.append(f"{count}: small differences may be luck, and the intervals in the table are wide for that reason.")
+        said.append(
+            "One seed says nothing of chance: differences may be luck, and the table has no intervals."
+            if seeds == 1
+            else "Two seeds bound chance only loosely: small differences may be luck, and the intervals in the table "
+            "are wide for that reason."
+        )
     said.append(
         "All stacks trained with the same learning rate and schedule; each may have a better one of its own, and the "
         "comparison favours those for which this one happens to be right."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hybridzoo.architectures.loader import parse_override
+from hybridzoo.architectures.loader import origin_of, parse_override
 from hybridzoo.architectures.plain_yaml import read_file
 from hybridzoo.mixers.schema import SpecError, convert, nearest
 from hybridzoo.studies.tasks import build_task
@@ -51,7 +51,7 @@ class _Written:
     train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     hold: Hold | None = None
-    context: int = 4096
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tasks", "seeds"):
@@ -59,7 +59,7 @@ class _Written:
                 raise SpecError(f".{name}: a study needs at least one")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise SpecError(f".seeds: must be distinct and not negative, got {list(self.seeds)}")
-        if self.context < 1:
+        if self.context is not None and self.context < 1:
             raise SpecError(f".context: must be at least 1, got {self.context}")
         for path, values in self.axes.items():
             if not values:
@@ -79,7 +79,8 @@ class Study:
     """A checked study. `stacks` are already crossed with the axes: a label, and overrides of the base spec.
 
     `spec` is a shipped spec's name, a path, or a spec's own mapping. `context` is the length at which inference memory
-    is counted. `source` is what errors call the file, `folder` where its relative paths start.
+    is counted: None is 4,096, or less where a stack takes less. `source` is what errors call the file, `origins` what
+    gave a key where the file did not, `folder` where its relative paths start.
     """
 
     name: str
@@ -89,14 +90,19 @@ class Study:
     tasks: dict[str, StudyTaskEntry]
     seeds: tuple[int, ...]
     hold: Hold | None
-    context: int
+    context: int | None
     source: str
     folder: Path
+    origins: dict[str, str]
+
+    def placed(self, message: str) -> str:
+        """Put the file, or the override, that gave the key at fault before an error message that starts with it."""
+        return f"{origin_of(message, self.origins, self.source)}: {message}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the study as plain data with every default filled in."""
         data = dataclasses.asdict(self)
-        del data["source"], data["folder"]
+        del data["source"], data["folder"], data["origins"]
         data["tasks"] = {
             label: {**entry.task, "train": dataclasses.asdict(entry.train)} for label, entry in self.tasks.items()
         }
@@ -135,20 +141,27 @@ def load_study(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = 
         path = study_path(given)
         where = path.name
     data = read_file(path, where)
+    origins = {}
     for text in overrides:
         keys, value = parse_override(text)
         data = _overlay(data, keys, value)
-    return study_from(data, where, path.parent)
+        origins[".".join(keys)] = f"override '{text}'"
+    return _checked(data, where, path.parent, origins)
 
 
 def study_from(data: Mapping[str, Any], where: str = "study", folder: Path | None = None) -> Study:
     """Check a mapping with the keys of a study file; `where` names it in errors, `folder` is where its paths start."""
+    return _checked(data, where, folder or Path.cwd(), {})
+
+
+def _checked(data: Mapping[str, Any], where: str, folder: Path, origins: dict[str, str]) -> Study:
     try:
         written = convert(_Written, data, "")
         stacks = _cross(written.stacks or {"base": {}}, written.axes)
         tasks = {label: _task_entry(label, entry, written.train) for label, entry in written.tasks.items()}
     except SpecError as error:
-        raise SpecError(f"{where}: {str(error).removeprefix('.').removeprefix(': ')}") from None
+        message = str(error).removeprefix(".").removeprefix(": ")
+        raise SpecError(f"{origin_of(message, origins, where)}: {message}") from None
     return Study(
         name=written.name,
         about=written.about,
@@ -159,7 +172,8 @@ def study_from(data: Mapping[str, Any], where: str = "study", folder: Path | Non
         hold=written.hold,
         context=written.context,
         source=where,
-        folder=folder or Path.cwd(),
+        folder=folder,
+        origins=origins,
     )
 
 

@@ -48,7 +48,7 @@ def stack_table(findings: Findings) -> Table:
     """A row for each task and stack: what it costs and how it scored; behind the ratio curve and the frontier."""
     columns = (
         *("task", "stack", "layers", "family", "attention_share", "ffn_width", "parameters"),
-        *("train_flops_per_token", "decode_flops_per_token", "state_bytes", "kv_bytes"),
+        *("trained_length", "train_flops_per_token", "decode_flops_per_token", "state_bytes", "kv_bytes"),
         *("metric", "seeds", "mean", "low_95", "high_95", "least", "most", "gained_at_the_end", "on_frontier"),
         "seconds_per_trial",
     )
@@ -59,7 +59,12 @@ def stack_table(findings: Findings) -> Table:
             cell = findings.cells[task].get(stack.label)
             costs = (
                 *(task, stack.label, stack.pattern, stack.family, stack.attention, stack.ffn_width),
-                *(stack.parameters[task], stack.train_flops[task], stack.decode_flops[task]),
+                *(
+                    stack.parameters[task],
+                    findings.plan.lengths[task],
+                    stack.train_flops[task],
+                    stack.decode_flops[task],
+                ),
                 *(stack.state_bytes, stack.kv_bytes, shown.metric),
             )
             rows.append((*costs, *_scores(cell, shown.metric, shown.maximise, stack.label in best)))

@@ -19,6 +19,7 @@ import torch
 
 from hybridzoo.architectures import Spec, build_model
 from hybridzoo.mixers.schema import convert
+from hybridzoo.mixers.user_code import import_user_code
 from hybridzoo.studies.environment import environment
 from hybridzoo.studies.pool import Send
 from hybridzoo.studies.results import content_key, write_result
@@ -31,7 +32,8 @@ class Trial:
     """Plain data throughout: it pickles, it is JSON, and it says everything that a worker needs.
 
     `stack` and `task` are the study's labels; `spec` is a resolved spec with the task's vocabulary; `task_entry` builds
-    the task, `fingerprint` is what decides its data; `train` is a whole `TrainConfig`, seed included.
+    the task, `fingerprint` is what decides its data; `train` is a whole `TrainConfig`, seed included; `code` is the
+    hash of the code that trains and scores (code.py).
     """
 
     stack: str
@@ -42,12 +44,14 @@ class Trial:
     fingerprint: dict[str, Any]
     train: dict[str, Any]
     parameters: int
+    code: str
 
     @property
     def key(self) -> str:
-        """The hash of the model, the task's data, the training and the seed; labels do not count."""
+        """The hash of the model, the task's data, the training, the seed and the code; labels do not count."""
         spec = {name: value for name, value in self.spec.items() if name != "name"}
-        return content_key({"spec": spec, "task": self.fingerprint, "train": self.train, "seed": self.seed})
+        decides = {"spec": spec, "task": self.fingerprint, "train": self.train, "seed": self.seed, "code": self.code}
+        return content_key(decides)
 
     @property
     def file_name(self) -> str:
@@ -66,16 +70,19 @@ def slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A trial and where its result goes."""
+    """A trial, where its result goes, and the user's modules that a worker imports first."""
 
     trial: Trial
     path: Path
+    imports: tuple[str, ...] = ()
 
 
 def run_job(job: Job, send: Send) -> dict[str, Any]:
     """Run a trial, write its result, and return it; `send` gets the training's `Progress`. Runs in a worker."""
     started = time.perf_counter()
     trial = job.trial
+    for name in job.imports:
+        import_user_code(name)
     task = build_task(trial.task_entry, f"tasks.{trial.task}")
     config = convert(TrainConfig, trial.train, f"tasks.{trial.task}.train")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hybridzoo.studies.plan import Plan, Stack
+from hybridzoo.studies.plan import Kind, Plan, Stack
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.studies.trial import Trial, result_of
 from hybridzoo.training import Evaluation, History
@@ -63,6 +63,20 @@ def make_results() -> Callable[..., tuple[Plan, list[dict[str, Any]]]]:
     return build
 
 
+@pytest.fixture
+def make_kind() -> Callable[..., Kind]:
+    return kind_of
+
+
+def kind_of(family: str, attention: float, **rest: Any) -> Kind:
+    return Kind(
+        recurrent={} if attention == 1 else {f"{family}.n_heads": 4},
+        attention={} if attention == 0 else {"attention.n_heads": 4},
+        rest={"d_model": 64, **rest},
+        parallel=False,
+    )
+
+
 def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[Plan, list[dict[str, Any]]]:
     """Return a plan over `rows` and one finished result for each of its trials."""
     shown = {"recall": RECALL, "text": TEXT}
@@ -75,6 +89,7 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
                 pattern="a*4",
                 family=family,
                 attention=attention,
+                kind=kind_of(family, attention),
                 ffn_width=100 + i,
                 specs={"recall": {"row": i}, "text": {"row": i}},
                 parameters={"recall": 149_000 + 300 * i, "text": 159_000 + 300 * i},
@@ -96,6 +111,7 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
                     fingerprint={"task": task},
                     train={"steps": 150, "seed": seed},
                     parameters=stack.parameters[task],
+                    code="",
                 )
                 final = row[column] + draw.uniform(-noise, noise)
                 history = make_history(min(final, 1.0) if task == "recall" else final, shown[task], draw)
@@ -123,6 +139,7 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
     plan = Plan(
         study=study,
         target=150_000 if hold else None,
+        lengths={"recall": 96, "text": 256},
         stacks=tuple(stacks),
         excluded=tuple(excluded),
         shown=shown,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 
 import pytest
 
 from hybridzoo.architectures import Spec, account
+from hybridzoo.kernels.source import effective_source
 from hybridzoo.mixers import SpecError
-from hybridzoo.studies import make_plan, study_from
+from hybridzoo.studies import code as code_module
+from hybridzoo.studies import load_study, make_plan, study_from
+from hybridzoo.studies.code import code_digest
 from hybridzoo.studies.plan import Plan
 
 
@@ -75,9 +80,12 @@ def test_a_budget_that_nothing_meets_is_an_error_that_lists_every_stack():
 def test_costs_are_those_of_the_resolved_spec():
     for stack in make_plan(study(context=128)).stacks:
         for task in ("recall", "more"):
-            cost = account(Spec.from_dict(stack.specs[task], "x"), context=128)
+            spec = Spec.from_dict(stack.specs[task], "x")
+            cost = account(spec, context=128)
             assert stack.parameters[task] == cost.parameters
-            assert stack.train_flops[task] == cost.train_flops_per_token
+            # Decoding is counted at the study's context, training at the length of the training's own sequences.
+            assert stack.decode_flops[task] == cost.decode_flops_per_token
+            assert stack.train_flops[task] == account(spec, context=6).train_flops_per_token
             assert (stack.state_bytes, stack.kv_bytes) == (cost.state_bytes, cost.kv_bytes)
 
 
@@ -89,6 +97,66 @@ def test_a_stack_says_its_family_and_its_share_of_attention():
         "token": ("carve[erase=token]", 0.0),
         "beside": ("gdn2", 0.5),
     }
+
+
+def test_a_curriculum_is_counted_at_the_length_it_ends_with():
+    stages = [{"pairs": 1, "steps": 1}, {"pairs": 2, "steps": 1}]
+    task = {"type": "mqar", "pairs": 4, "keys": 8, "values": 8, "curriculum": stages}
+    assert make_plan(study(tasks={"recall": {**task, "train": {"steps": 3}}})).lengths == {"recall": 12}
+    assert make_plan(study(tasks={"recall": {**task, "train": {"steps": 2}}})).lengths == {"recall": 6}
+
+
+def test_a_kind_is_all_but_ratio_order_and_what_met_the_budget():
+    def kinds(**keys):
+        return {stack.label: stack.kind for stack in make_plan(study(**keys)).stacks}
+
+    same = kinds(stacks={"a": {"layers": "a c"}, "b": {"layers": "c*3 a"}, "c": {"layers": "(c a)*2", "ffn.width": 32}})
+    assert same["a"] == same["b"] == same["c"]
+    other = kinds(
+        stacks={
+            "mixed": {"layers": "a c"},
+            "window": {"layers": "a c", "mixers.a.window": 8},
+            "wide": {"layers": "a c", "d_model": 32},
+            "token": {"layers": "a c[erase=token]"},
+            "two": {"layers": "a c c[content_rank=1]"},
+            "beside": {"layers": "a+c"},
+        },
+        hold=None,
+    )
+    assert len({json.dumps(dataclasses.asdict(kind)) for kind in other.values()}) == len(other)
+    changed = {
+        name: value for name, value in other["window"].attention.items() if other["mixed"].attention[name] != value
+    }
+    assert changed == {"attention.window": 8}
+    assert other["window"].recurrent == other["mixed"].recurrent
+
+
+def test_a_key_changes_with_the_code_of_a_users_own_classes(tmp_path, monkeypatch):
+    source = (
+        "from dataclasses import dataclass\nfrom hybridzoo.mixers import Carve, register_mixer\n\n\n"
+        "@register_mixer('own_{}', source='here', summary='as carve')\nclass Own(Carve):\n"
+        "    @dataclass(frozen=True, kw_only=True)\n    class Config(Carve.Config):\n        factor: int = {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {
+        "first": source,
+        "second": source + "# said in passing\n",
+        "third": source.replace("int = {}", "int = 1 + {}"),
+    }
+    digests = {}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text.format("x", 1).replace("own_x", f"own_{name}"))
+        module = importlib.import_module(name)
+        digests[name] = code_digest([module.Own])
+    assert len(set(digests.values())) == 3  # each has a name of its own
+    renamed = [effective_source((tmp_path / f"{name}.py").read_text()).replace(name, "x") for name in texts]
+    assert renamed[0] == renamed[1] != renamed[2]
+
+
+def test_trials_say_which_code_decides_them(monkeypatch):
+    first = {trial.key for trial in make_plan(study()).trials}
+    monkeypatch.setattr(code_module, "_zoo_digest", lambda: "of other code")
+    assert not first & {trial.key for trial in make_plan(study()).trials}
 
 
 def test_trials_cross_stacks_tasks_and_seeds_with_seeds_outermost():
@@ -119,8 +187,6 @@ def test_a_key_changes_with_what_decides_a_result_and_with_nothing_else():
 
 
 def test_a_spec_beside_the_study_is_found_from_anywhere(tmp_path, monkeypatch):
-    from hybridzoo.studies import load_study
-
     (tmp_path / "base.yaml").write_text(
         "name: base\nd_model: 16\nvocab_size: 32\nlayers: a\nmixers: {a: {type: attention, n_heads: 2}}\n"
         "ffn: {type: gelu, width: 8}\n"
@@ -134,3 +200,40 @@ def test_a_spec_beside_the_study_is_found_from_anywhere(tmp_path, monkeypatch):
     (stack,) = make_plan(load_study(tmp_path / "mine.yaml")).stacks
     assert stack.label == "base"
     assert stack.attention == 1.0
+
+
+def test_inference_is_counted_within_what_the_stacks_take():
+    base = study().spec
+    short = make_plan(study(spec={**base, "max_context": 64}))
+    assert short.study["context"] == 64
+    assert make_plan(study()).study["context"] == 4096
+    with pytest.raises(SpecError, match=r"^study: context: 128 is over max_context 64 of stacks\.attention"):
+        make_plan(study(spec={**base, "max_context": 64}, context=128))
+    with pytest.raises(SpecError, match=r"^study: tasks\.recall: its sequences of 6 are over max_context 4 of stacks"):
+        make_plan(study(spec={**base, "max_context": 4}))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("spec=carve-tny", r"override 'spec=carve-tny': spec: no spec 'carve-tny' \(did you mean 'carve-tiny'"),
+        ("seeds=[0,0]", r"override 'seeds=\[0,0\]': seeds: must be distinct"),
+        ("train.stps=3", r"override 'train.stps=3': train: unknown key 'stps'"),
+        (
+            "stacks.attention.layers=q",
+            r"override 'stacks.attention.layers=q': stacks.attention.layers: column 1: unknown mixer 'q'",
+        ),
+        ("hold.params=10", r"override 'hold.params=10': hold.params: no stack can meet the budget"),
+        ("tasks.recall.pairs=0", r"override 'tasks.recall.pairs=0': tasks.recall.pairs: must be at least 1"),
+    ],
+)
+def test_an_error_names_the_override_that_brought_it(override, said):
+    with pytest.raises(SpecError, match=f"^{said}"):
+        make_plan(load_study("quickstart", [override]))
+
+
+def test_what_is_wrong_in_a_file_is_put_on_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nspec: carve-tny\ntasks: {r: {type: mqar, pairs: 2, keys: 8, values: 8}}\n")
+    with pytest.raises(SpecError, match=r"mine\.yaml: spec: no spec 'carve-tny'"):
+        make_plan(load_study(path, ["seeds=[1]"]))

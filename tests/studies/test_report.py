@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -176,7 +177,7 @@ def test_a_part_of_a_study_is_reported_as_a_part(written, make_results, kept):
     plan, results = make_results()
     page = written(plan, results[:kept], draw=True)
     assert f"{kept} of 28 trials finished" in page.text
-    assert f"{28 - kept} trials have no result yet: this report shows a part" in page.text
+    assert f"Without a result yet: {28 - kept} trials. This report shows a part" in page.text
     assert plan.trials[-1].title in page.text
     assert {row["status"] for row in rows(written.folder, "trials")} == {"finished", "missing"}
 
@@ -210,6 +211,12 @@ def test_one_seed_has_no_interval_and_the_report_says_what_that_means(written, m
     page = written(*make_results(seeds=(0,)), draw=True)
     assert "1 seed," not in page.text
     assert "One seed says nothing of chance" in page.text
+    assert "the table has no intervals" in page.text
+    assert "no order of stacks is established" in page.text
+    assert "one seed does not say whether by more than chance" in page.text
+    assert "by more than its seeds differ" not in page.text
+    assert "on average" not in page.text
+    assert "wide for that reason" not in page.text
     assert all(row["low_95"] == "" for row in rows(written.folder, "stacks"))
 
 
@@ -222,7 +229,7 @@ def test_damaged_results_are_named_and_left_out(written, make_results):
         (folder / "trials" / "older.corrupt").write_text("{")
 
     page = written(plan, results, damage)
-    assert "1 result files are damaged and were not used." in page.text
+    assert "Damaged and not used: 1 result file." in page.text
     assert plan.trials[0].file_name in page.text
     assert "older.corrupt" in page.text
     assert "27 of 28 trials finished" in page.text
@@ -292,6 +299,27 @@ def test_a_stack_at_chance_is_called_guessing(make_results):
     assert "No better than guessing (3.1 %): lost." in words
 
 
+def test_where_nothing_was_learnt_nothing_is_crowned(make_results):
+    lost = [("one", "carve", 0.0, 0.035, 2.4), ("other", "gdn2", 0.0, 0.02, 2.5)]
+    words = said(*make_results(rows=lost, noise=0.001))
+    assert "no stack does better than guessing (3.1 %)" in words
+    assert "best" not in words
+
+
+def test_half_an_interval_of_percentages_is_said_in_points(written, make_results):
+    page = written(*make_results())
+    assert re.search(r"± \d+\.\d points", page.text)
+    assert not re.search(r"± [\d.]+ %", page.text)
+
+
+def test_without_points_on_the_way_nothing_is_said_to_be_trained_enough(make_results):
+    plan, results = make_results()
+    for result in results:
+        del result["history"]["evaluations"][:-1]
+    (note,) = training_notes(gather(plan, results), "recall")
+    assert note.startswith("On recall no learning curve was recorded (train.eval_every)")
+
+
 def test_a_stack_that_still_learns_is_named(make_results):
     plan, results = make_results()
     for result in results:
@@ -329,6 +357,43 @@ def test_a_family_ends_at_the_only_stack_of_attention_alone(make_results):
     assert [cell.stack.attention for cell in curves["carve"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [cell.stack.label for cell in curves["gdn2"]] == ["gdn2"]
     assert "attention" not in curves
+
+
+@pytest.fixture
+def crossed(make_results, make_kind):
+    """Return made-up results where three ratios of carve stand under every value of an axis."""
+
+    def make(part, axis, values):
+        placed = [(value, share) for value in values for share in (0.0, 0.5, 1.0)]
+        rows_ = [
+            (f"{share:g} of {value}", "carve" if share < 1 else "attention", share, 0.5 + share / 3, 2.4)
+            for value, share in placed
+        ]
+        plan, results = make_results(rows=rows_)
+        stacks = []
+        for stack, (value, share) in zip(plan.stacks, placed, strict=True):
+            kind = make_kind(stack.family, share)
+            if getattr(kind, part):  # a stack without attention has no words of attention
+                kind = replace(kind, **{part: {**getattr(kind, part), axis: value}})
+            stacks.append(replace(stack, kind=kind))
+        return families(gather(replace(plan, stacks=tuple(stacks)), results).of("recall"))
+
+    return make
+
+
+def test_a_curve_joins_only_stacks_that_differ_in_the_ratio(crossed):
+    curves = crossed("rest", "d_model", (64, 128))
+    assert {name: [cell.stack.label for cell in curve] for name, curve in curves.items()} == {
+        f"carve (d_model={width})": [f"{share} of {width}" for share in ("0", "0.5", "1")] for width in (64, 128)
+    }
+
+
+def test_what_concerns_attention_alone_leaves_the_recurrent_end_to_every_curve(crossed):
+    curves = crossed("attention", "attention.window", (16, 32))
+    assert set(curves) == {"carve (window=16)", "carve (window=32)"}
+    for window in (16, 32):
+        labels = {cell.stack.label for cell in curves[f"carve (window={window})"]}
+        assert labels == {"0 of 16", "0 of 32", f"0.5 of {window}", f"1 of {window}"}
 
 
 def test_every_stack_has_a_look_of_its_own(make_results):

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from hybridzoo.mixers import SpecError
+from hybridzoo.studies import code as code_module
 from hybridzoo.studies import make_plan, read_findings, read_plan, read_trials, run_study, study_from, write_report
 from hybridzoo.studies import runner as runner_module
 from hybridzoo.studies.display import Display, LiveDisplay, PlainDisplay, format_seconds
@@ -107,6 +108,24 @@ def test_workers_and_this_process_find_the_same_scores(tmp_path, finished):
     assert scores(tmp_path).keys() == finished.keys()
     for trial, metrics in scores(tmp_path).items():
         assert metrics == pytest.approx(finished[trial])
+
+
+@pytest.mark.parametrize(("asked", "threads", "used"), [("1", None, 1), ("3", None, 3), ("3", 2, 2), ("", None, None)])
+def test_as_many_threads_as_are_asked_for(tmp_path, monkeypatch, asked, threads, used):
+    seen = []
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(
+        runner_module, "run_jobs", lambda work, jobs, processes, threads, on_event: seen.append(threads)
+    )
+    run(SMALL, tmp_path, processes=1, threads=threads)
+    assert seen == [used or runner_module._cores()]
+
+
+def test_results_of_other_code_are_not_reused(folder, monkeypatch):
+    monkeypatch.setattr(code_module, "_zoo_digest", lambda: "of other code")
+    done, _ = run(SMALL, folder)
+    assert (done.finished, done.reused) == (4, 0)
+    assert len(list((folder / "trials").glob("*.json"))) == 8  # nothing is lost
 
 
 def test_only_what_is_new_in_a_changed_study_is_trained(folder):

@@ -108,9 +108,9 @@ def test_a_mistake_names_the_file_the_key_and_the_nearest_choice(data, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (changed(stacks={"one": {"layers": "b*2"}}), r"mine\.yaml: stacks\.one: .*layers.*'b'"),
-        (changed(stacks={"one": {"mixers.c.erase": "tokn"}}), r"mine\.yaml: stacks\.one: .*did you mean 'token'\?"),
-        (changed(stacks={"one": {"mixers.c.n_heads": 0}}), r"mine\.yaml: stacks\.one: .*n_heads"),
+        (changed(stacks={"one": {"layers": "b*2"}}), r"mine\.yaml: stacks\.one\..*layers.*'b'"),
+        (changed(stacks={"one": {"mixers.c.erase": "tokn"}}), r"mine\.yaml: stacks\.one\..*did you mean 'token'\?"),
+        (changed(stacks={"one": {"mixers.c.n_heads": 0}}), r"mine\.yaml: stacks\.one\..*n_heads"),
         (changed(spec="carve-tinny"), r"mine\.yaml: .*'carve-tinny'.*did you mean 'carve-tiny'\?"),
         (changed(spec={**MINIMAL["spec"], "d_modle": 8}), r"mine\.yaml: .*'d_modle'.*did you mean 'd_model'\?"),
     ],
@@ -135,7 +135,7 @@ def test_a_file_is_read_with_its_overrides(tmp_path):
     assert study.tasks["recall"].train.lr == 0.5
     assert study.tasks["recall"].train.steps == 2
     assert study.name == "other"
-    with pytest.raises(SpecError, match=r"mine\.yaml: seeds"):
+    with pytest.raises(SpecError, match=r"^override .seeds=3.: seeds: expected list"):
         load_study(path, ["seeds=3"])
 
 
