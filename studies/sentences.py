@@ -107,10 +107,11 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
     means = [cell.mean for cell in curve]
     noise = max(spread(cell.scores) for cell in curve)
     whole = max(means) - min(means)
-    if not _lone(curve) and whole <= 2 * noise:
+    ranked = sorted(curve, key=lambda cell: cell.mean, reverse=shown.maximise)
+    if not _lone(curve) and len(_not_told_apart(ranked, shown.maximise)) == len(curve) - 1:
         return [
-            f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, no more than twice "
-            f"what the seeds of one stack do ({gap(shown, noise)}): flat, as far as this can tell."
+            f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, and the seeds of one stack "
+            f"by up to {gap(shown, noise)}: no ratio is told from the best, so flat, as far as this can tell."
         ]
     steps = [(sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)]
     jump, before, after = max(steps, key=lambda step: abs(step[0]))
