@@ -27,8 +27,8 @@ def test_the_chunkwise_form_is_the_recurrence_in_float64(problem: Problem) -> No
 @settings(max_examples=40)
 @given(problem=problems(K=7, V=6))
 def test_the_chunkwise_form_in_float32_stays_within_its_tolerance(problem: Problem) -> None:
-    # Inputs are rounded first, so that both see the same problem. A state of one number is left to float64: its gradient
-    # is a single sum that may cancel, and then no relative error of it is small.
+    # Inputs are rounded first, so that both see the same problem. A state of one number is left to float64: its
+    # gradient is a single sum that may cancel, and then no relative error of it is small.
     single = problem.to(torch.float32)
     assert_close(single.results("torch"), single.to(torch.float64).results("reference"), 4e-6)
 
