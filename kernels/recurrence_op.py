@@ -1,0 +1,219 @@
+"""How a backend of the recurrence becomes one opaque operator with its own backward: compilers see a call, not a loop.
+
+Flat for torch.library: no named tuples, and empty tensors where a backward pass has no gradient to give. What the
+forward pass keeps for the backward one follows in size from shapes alone, since where packed sequences and content
+chunks are cut is data.
+
+Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
+N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels.autocast import without_autocast
+from hybridzoo.kernels.state import ContentGate, DeltaState
+
+
+class Call(NamedTuple):
+    """One call, flat: its tensors as in `gated_delta_rule`, then its options."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    erase_logits: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    correct: Tensor | None
+    write: Tensor | None
+    S: Tensor
+    o_sum: Tensor
+    o_mean: Tensor
+    count: Tensor  # type: ignore[assignment]
+    cu_seqlens: Tensor | None
+    stored: bool
+    scale: float
+    chunk: int  # L, 0 without a content gate
+
+
+# The op's arguments that can have a gradient, and all that are tensors: the first fields of a Call.
+N_FLOATS, N_TENSORS = 12, 14
+# o, S, o_sum, o_mean and count come before what is kept.
+N_RESULTS = 5
+
+# What is kept: four tensors whose sizes follow from shapes; with `save` off, empty ones of the same dtypes.
+Room = Callable[[Call, bool], list[Tensor]]
+# From a call and its room (which it fills if `save`) to contiguous o, S, o_sum and o_mean.
+Forward = Callable[[Call, list[Tensor], bool], tuple[Tensor, Tensor, Tensor, Tensor]]
+# From a call, its room and the gradients of o, S, o_sum and o_mean (None: zero) to those of the first twelve fields,
+# contiguous, None for a gate that is off.
+Backward = Callable[[Call, list[Tensor], list[Tensor | None]], list[Tensor | None]]
+
+
+class DeltaRule(Protocol):
+    """`gated_delta_rule` on one backend, its arguments already checked."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase_logits: Tensor | None,
+        content: ContentGate | None,
+        correct: Tensor | None,
+        write: Tensor | None,
+        state: DeltaState,
+        *,
+        predict: str,
+        scale: float,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, DeltaState]: ...
+
+
+def delta_rule(operator: Any) -> DeltaRule:
+    """Return the function that calls an `operator` made by `register`."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase_logits: Tensor | None,
+        content: ContentGate | None,
+        correct: Tensor | None,
+        write: Tensor | None,
+        state: DeltaState,
+        *,
+        predict: str,
+        scale: float,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, DeltaState]:
+        down, up, chunk = (None, None, 0) if content is None else content
+        floats = (q, k, v, log_decay, erase_logits, down, up, correct, write, *state[:3])
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+        o, S, o_sum, o_mean, count, *_ = operator(
+            *floats, state.count, cu_seqlens, predict == "stored", scale, chunk, save
+        )
+        return o, DeltaState(S, o_sum, o_mean, count)
+
+    return run
+
+
+def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Any:
+    """Register `hybridzoo::{name}` and `hybridzoo::{name}_backward`, with fakes and autograd; return the first.
+
+    `room`, `forward` and `backward` are as the types above say. They see every call with autocast off.
+    """
+
+    @torch.library.custom_op(f"hybridzoo::{name}", mutates_args=())
+    @without_autocast
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase_logits: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        correct: Tensor | None,
+        write: Tensor | None,
+        S: Tensor,
+        o_sum: Tensor,
+        o_mean: Tensor,
+        count: Tensor,
+        cu_seqlens: Tensor | None,
+        stored: bool,
+        scale: float,
+        chunk: int,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        call = Call(
+            *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count, cu_seqlens),
+            *(stored, scale, chunk),
+        )
+        kept = room(call, save)
+        ends = forward(call, kept, save)
+        return *ends, _new_count(call), *kept  # type: ignore[return-value]
+
+    @operator.register_fake
+    def _(*arguments: Any) -> tuple[Tensor, ...]:
+        *fields, save = arguments
+        call = Call(*fields)
+        ends = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.v, *call[9:13]))
+        return *ends, *room(call, save)
+
+    @torch.library.custom_op(f"hybridzoo::{name}_backward", mutates_args=())
+    @without_autocast
+    def backward_operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase_logits: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        correct: Tensor | None,
+        write: Tensor | None,
+        S: Tensor,
+        o_sum: Tensor,
+        o_mean: Tensor,
+        count: Tensor,
+        cu_seqlens: Tensor | None,
+        stored: bool,
+        scale: float,
+        chunk: int,
+        room: list[Tensor],
+        d_o: Tensor | None,
+        d_S: Tensor | None,
+        d_sum: Tensor | None,
+        d_mean: Tensor | None,
+    ) -> list[Tensor]:
+        call = Call(
+            *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count, cu_seqlens),
+            *(stored, scale, chunk),
+        )
+        gradients = backward(call, room, [d_o, d_S, d_sum, d_mean])
+        return [q.new_empty(0) if d is None else d for d in gradients]
+
+    @backward_operator.register_fake
+    def _(*arguments: Any) -> list[Tensor]:
+        q = arguments[0]
+        return [
+            q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in arguments[:N_FLOATS]
+        ]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:N_TENSORS], *output[N_RESULTS:])
+        ctx.options = inputs[N_TENSORS:-1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
+
+    def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
+        inputs, kept = saved[:N_TENSORS], list(saved[N_TENSORS:])
+        if inputs[0].numel() and not kept[0].numel():
+            raise RuntimeError(
+                "gated_delta_rule kept nothing to go back on: its gradient was taken through a transform, such as "
+                "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
+            )
+        gradients = backward_operator(*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
+        # count, cu_seqlens and the four options have none.
+        return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *([None] * 6)
+
+    operator.register_autograd(differentiate, setup_context=setup_context)
+    return operator
+
+
+def _new_count(call: Call) -> Tensor:
+    if not call.chunk:
+        return call.count.clone()
+    lengths = call.q.shape[1] if call.cu_seqlens is None else call.cu_seqlens.diff()
+    return ((call.count + lengths) % call.chunk).to(call.count.dtype)
