@@ -1,7 +1,7 @@
 """`gated_delta_rule`: the one recurrence behind every recurrent mixer, and the choice of backend.
 
-The backends are `reference` (token by token, reference.py), `torch` (chunkwise, chunkwise.py and chunkwise_op.py); what
-they share is checked here once.
+The backends are `reference` (token by token, reference.py), `torch` (chunkwise, chunkwise.py and chunkwise_op.py) and
+`triton` (fused/); what they share is checked here once.
 
 Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
 N sequences (B, or the number packed into one row).
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts, check_cu_seqlens, check_inputs, check_state
 from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
+from hybridzoo.kernels.fused.op import fused_delta_rule
+from hybridzoo.kernels.fused.support import refusal
 from hybridzoo.kernels.norms import l2_norm
 from hybridzoo.kernels.reference import reference_delta_rule
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def gated_delta_rule(
@@ -70,7 +72,7 @@ def gated_delta_rule(
             The backends here do not need it.
         return_state: give back the final state, else None.
         inplace_state: write the final state into `state`'s own tensors (inference only).
-        backend: `auto`, `torch` or `reference`.
+        backend: `auto` (`triton` for what it takes on a GPU, else `torch`), `triton`, `torch` or `reference`.
 
     Returns:
         `o [B, T, HV, V]` in v's dtype and the final `DeltaState`. All are differentiable in every floating input.
@@ -84,6 +86,10 @@ def gated_delta_rule(
     check_inputs(q, k, v, log_decay, erase_logits, content, correct, write, erase_value, predict)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        backend = "triton" if q.is_cuda and refusal(q, v, content) is None else "torch"
+    elif backend == "triton" and erase_value is None and (why := refusal(q, v, content)) is not None:
+        raise ValueError(f"backend='triton' {why}")
     if erase_value is not None and backend != "reference":
         raise ValueError(
             "erase_value needs backend='reference': an erase along the value axis gives each value channel its own "
@@ -122,7 +128,8 @@ def gated_delta_rule(
             erase_value=erase_value,
         )
     else:
-        o, new_state = chunkwise_delta_rule(
+        rule = fused_delta_rule if backend == "triton" else chunkwise_delta_rule
+        o, new_state = rule(
             *(q, k, v, log_decay, erase_logits, content, correct, write, state),
             predict=predict,
             scale=scale,

@@ -1,0 +1,63 @@
+"""Which calls the Triton backend takes, and why it refuses the others. Imports triton only to see whether it is there.
+
+Shapes: K key dim, V value dim, L content chunk, r content rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels.state import ContentGate
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILE = 16  # tokens; head sizes and content chunks are multiples of it
+MAX_HEAD = 256
+# A content gate reads all value channels of a head at once, so one program holds the head's whole state.
+MAX_CONTENT_HEAD = 128
+MAX_RANK = 64
+
+
+def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
+    """Why this call cannot run on Triton, as the rest of a sentence that begins with the backend's name; or None."""
+    K, V = q.shape[3], v.shape[3]
+    if q.dtype not in DTYPES:
+        return f"takes bfloat16, float16 and float32, got {q.dtype}: use backend='torch'"
+    if any(size % TILE or size > MAX_HEAD for size in (K, V)):
+        return f"takes head sizes that are multiples of {TILE} up to {MAX_HEAD}, got K = {K} and V = {V}"
+    if content is not None:
+        if content.chunk % TILE:
+            return f"takes content chunks that are multiples of {TILE}, got {content.chunk}: use backend='torch'"
+        if max(K, V) > MAX_CONTENT_HEAD:
+            limit = f"takes head sizes up to {MAX_CONTENT_HEAD} with a content gate"
+            return f"{limit}, got K = {K} and V = {V}: use backend='torch'"
+        if not 1 <= content.down.shape[1] <= MAX_RANK:
+            return f"takes content ranks from 1 to {MAX_RANK}, got {content.down.shape[1]}: use backend='torch'"
+    return device_refusal(q.device.type, q.device.index)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def device_refusal(kind: str, index: int | None) -> str | None:
+    """Why nothing on a device of this `kind` can run on Triton, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"needs the package triton, which cannot be imported ({error}): use backend='torch'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if kind == "cpu" and not interpreted:
+        return (
+            "needs tensors on a CUDA device, got cpu; to try it there, set TRITON_INTERPRET=1 before triton is imported"
+        )
+    if kind not in ("cpu", "cuda", "meta"):
+        return f"needs tensors on a CUDA device, got {kind}: use backend='torch'"
+    if kind == "cuda" and not interpreted:
+        if torch.version.hip is not None:
+            return "is made for NVIDIA's GPUs: use backend='torch'"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(index) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or later: use backend='torch'"
+    return None
