@@ -11,28 +11,26 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from hybridzoo.mixers.schema import SpecError
 
 
-def import_user_code(name: str) -> None:
-    """Import a path that ends in .py, or a dotted module name; a second call for the same file or module does nothing.
+def import_user_code(name: str) -> ModuleType:
+    """Import a path that ends in .py, or a dotted module name, and return it; a second call finds what the first did.
 
     Raises: `SpecError` where there is no such file or module, and for whatever the module itself raises: the message
     has the name, the error's own words and, in a file, the line; the error is its cause.
     """
-    if name.endswith(".py"):
-        _import_file(name)
-    else:
-        _import_module(name)
+    return _import_file(name) if name.endswith(".py") else _import_module(name)
 
 
-def _import_file(name: str) -> None:
+def _import_file(name: str) -> ModuleType:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise SpecError(f"{name}: no such file")
-    if _is_imported(path):
-        return
+    if (known := _imported(path)) is not None:
+        return known
     spec = importlib.util.spec_from_file_location(_free_name(path), path)
     assert spec is not None
     assert spec.loader is not None
@@ -43,11 +41,12 @@ def _import_file(name: str) -> None:
     except Exception as error:
         del sys.modules[spec.name]
         raise _failed(f"{name}{_line(error, path)}", error) from error
+    return module
 
 
-def _import_module(name: str) -> None:
+def _import_module(name: str) -> ModuleType:
     try:
-        importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failed(name, error) from error  # something that it imports is missing
@@ -58,10 +57,13 @@ def _import_module(name: str) -> None:
         raise _failed(name, error) from error
 
 
-def _is_imported(path: Path) -> bool:
+def _imported(path: Path) -> ModuleType | None:
     # By file, not by name: a script that runs a study is __main__ here and __mp_main__ in its workers.
-    files = [str(vars(module).get("__file__")) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
-    return any(file.endswith(path.name) and Path(file).resolve() == path for file in files)
+    for module in list(sys.modules.values()):
+        file = str(vars(module).get("__file__")) if hasattr(module, "__dict__") else ""
+        if file.endswith(path.name) and Path(file).resolve() == path:
+            return module
+    return None
 
 
 def _free_name(path: Path) -> str:

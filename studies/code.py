@@ -6,27 +6,37 @@ they only show results.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import hybridzoo
 from hybridzoo.kernels.source import folder_digest, source_digest
 
 _DECIDING = ("kernels", "mixers", "blocks", "architectures", "training", "studies/tasks")
+_KNOWN = ("hybridzoo", "torch", "builtins", "typing", "abc")  # in no module of these is a user's own code
 
 
-def code_digest(classes: Iterable[type]) -> str:
-    """Return the hash of the zoo's code that trains and scores, and of the modules of `classes` outside the zoo.
+def code_digest(classes: Iterable[type], modules: Iterable[ModuleType] = ()) -> str:
+    """Return the hash of the zoo's code that trains and scores, and of a user's own behind `classes` and `modules`.
 
-    `classes` are a user's own mixers and tasks, among others. Of a script or notebook only the class itself counts, so
-    that a changed list of seeds below it trains nothing again. A class without source (typed into a prompt) has none.
+    `classes` are a user's own mixers and tasks, among others; `modules` what was imported to register them. A module
+    counts as a whole, and so does every one of the user's own that it imports, directly or through others. Of a script
+    or notebook only the class itself and what is imported count, so that a changed list of seeds below it trains
+    nothing again. A class without source (typed into a prompt) has none.
     """
-    own = sorted({text for cls in classes for text in _sources(cls)})
-    return source_digest([f"zoo = '{_zoo_digest()}'", *own])
+    bases = {base for cls in classes for base in cls.__mro__ if base.__module__.partition(".")[0] not in _KNOWN}
+    typed = [base for base in bases if base.__module__ == "__main__" or base.__module__ not in sys.modules]
+    roots = [*modules, *(sys.modules[base.__module__] for base in bases if base.__module__ in sys.modules)]
+    reached = [module for module in _reached(roots) if module.__name__ != "__main__"]
+    own = {text for one in (*typed, *reached) if (text := _source(one)) is not None}
+    return source_digest([f"zoo = '{_zoo_digest()}'", *sorted(own)])
 
 
 @functools.cache
@@ -35,18 +45,55 @@ def _zoo_digest() -> str:
     return folder_digest(*(root / name for name in _DECIDING))
 
 
-def _sources(cls: type) -> list[str]:
-    found = []
-    for base in cls.__mro__:
-        package = base.__module__.partition(".")[0]
-        if package in ("hybridzoo", "torch", "builtins", "typing", "abc"):
-            continue
-        module = sys.modules.get(base.__module__)
-        try:
-            if module is None or base.__module__ == "__main__":
-                found.append(textwrap.dedent(inspect.getsource(base)))
-            else:
-                found.append(inspect.getsource(module))
-        except (OSError, TypeError):
-            continue
-    return found
+def _source(one: type | ModuleType) -> str | None:
+    try:
+        return textwrap.dedent(inspect.getsource(one))
+    except (OSError, TypeError):
+        return None
+
+
+def _reached(roots: Iterable[ModuleType]) -> list[ModuleType]:
+    """The roots, and all modules of the user's own that they import, each once."""
+    found: dict[str, ModuleType] = {}
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        if module.__name__ not in found:
+            found[module.__name__] = module
+            waiting += [one for name in _imported(module) if (one := sys.modules.get(name)) is not None and _own(one)]
+    return list(found.values())
+
+
+def _imported(module: ModuleType) -> set[str]:
+    """The names of modules that `module` holds, that what it holds was defined in, or that its text imports."""
+    names = set()
+    for value in list(vars(module).values()):
+        if isinstance(value, ModuleType):
+            names.add(value.__name__)
+        elif isinstance(value, type) or inspect.isroutine(value):
+            names.add(str(getattr(value, "__module__", "")))
+    for node in ast.walk(ast.parse(_source(module) or "")):  # a constant says not where it comes from, its import does
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # Of `from ..a import b` in package p.q: p.a, and p.a.b where that is a module.
+            outer = (module.__package__ or "").split(".")
+            start = outer[: len(outer) - node.level + 1] if node.level else []
+            place = ".".join([*start, *filter(None, [node.module])])
+            names.update([place, *(f"{place}.{alias.name}" for alias in node.names)])
+    return names
+
+
+def _own(module: ModuleType) -> bool:
+    """Whether a module is source that the user may change: not the zoo's, Python's own, or installed."""
+    file = getattr(module, "__file__", None)
+    if not isinstance(file, str) or module.__name__.partition(".")[0] in _KNOWN:
+        return False
+    path = Path(file).resolve()
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return path.suffix == ".py" and not installed and not any(path.is_relative_to(one) for one in _python_folders())
+
+
+@functools.cache
+def _python_folders() -> tuple[Path, ...]:
+    return tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hybridzoo.architectures.loader import spec_from
 from hybridzoo.mixers import MixerConfig, build_mixer
 from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 from hybridzoo.mixers.schema import SpecError
+from hybridzoo.mixers.user_code import import_user_code
 from hybridzoo.studies.code import code_digest
 from hybridzoo.studies.equalise import equalise, parameters
 from hybridzoo.studies.study import Study
@@ -100,12 +101,15 @@ class Plan:
         )
 
 
-def make_plan(study: Study) -> Plan:
+def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
     """Resolve every stack, meet the budget, and list the trials, seeds outermost so that an early stop leaves pairs.
+
+    `imports` are the modules or files of a user's own code: imported where they are not, and part of every trial's key.
 
     Raises: `SpecError` naming the study, the stack and the key, for a stack that cannot be built or a budget that none
     can meet.
     """
+    own = [import_user_code(name) for name in imports]
     tasks = {label: build_task(entry.task, f"tasks.{label}") for label, entry in study.tasks.items()}
     # Absolute differences are the same for any vocabulary, so relative ones are largest at the smallest: solve there.
     smallest = min(task.vocab_size for task in tasks.values())
@@ -119,7 +123,7 @@ def make_plan(study: Study) -> Plan:
     vocabularies = {name: task.vocab_size for name, task in tasks.items()}
     stacks = tuple(_stack(label, spec, vocabularies, lengths, context) for label, spec in specs.items())
     code = {
-        (label, name): code_digest([*_mixer_classes(spec), type(task)])
+        (label, name): code_digest([*_mixer_classes(spec), type(task)], own)
         for label, spec in specs.items()
         for name, task in tasks.items()
     }

@@ -71,7 +71,7 @@ def run_study(
     display = default_display() if display is None else display
     root = Path(folder)
     display.note(f"planning study '{study.name}' in {root}")
-    plan = make_plan(study)
+    plan = make_plan(study, imports)
     for entry in study.tasks.values():
         entry.train.resolve_device()  # a device that is not there is one error now, not one a trial
     (root / TRIALS).mkdir(parents=True, exist_ok=True)

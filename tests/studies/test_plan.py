@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -151,6 +154,49 @@ def test_a_key_changes_with_the_code_of_a_users_own_classes(tmp_path, monkeypatc
     assert len(set(digests.values())) == 3  # each has a name of its own
     renamed = [effective_source((tmp_path / f"{name}.py").read_text()).replace(name, "x") for name in texts]
     assert renamed[0] == renamed[1] != renamed[2]
+
+
+def test_a_key_changes_with_every_module_that_a_users_own_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "parcel_zz").mkdir()
+    files = {
+        "own_zz.py": "from helper_zz import double\nfrom constant_zz import FACTOR\nfrom parcel_zz import deep\n"
+        "import numpy, json\n\n\nclass Own:\n    def f(self):\n        return double(FACTOR)\n",
+        "helper_zz.py": "import further_zz\n\n\ndef double(x):\n    return 2 * x\n",
+        "further_zz.py": "import own_zz\nX = 1\n",
+        "constant_zz.py": "FACTOR = 3\n",
+        "parcel_zz/__init__.py": "",
+        "parcel_zz/deep.py": "from .deeper import y\n",
+        "parcel_zz/deeper.py": "y = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    module = importlib.import_module("own_zz")
+    reached = {one.__name__ for one in code_module._reached([module])}
+    assert reached == {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
+    digests = [code_digest([module.Own]), code_digest([module.Own])]
+    assert digests[0] == digests[1] == code_digest([], [module])
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}Z = 12\n")
+        digests.append(code_digest([module.Own]))
+    assert len(set(digests)) == 1 + len(files)
+
+
+def test_of_a_script_the_class_counts_and_what_it_imports(tmp_path):
+    (tmp_path / "helper_yy.py").write_text("F = 1\n")
+    script = tmp_path / "script.py"
+    text = "from helper_yy import F\nfrom hybridzoo.studies.code import code_digest\nclass Own:\n    f = F\n{}print(code_digest([Own]))\n"
+
+    def digest(lines="", inside=""):
+        script.write_text(text.format(inside + lines))
+        words = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, script], env=words, capture_output=True, text=True, check=True).stdout
+
+    first = digest()
+    assert digest("seeds = [0, 1]\n") == first
+    assert digest(inside="    g = 2\n") != first
+    (tmp_path / "helper_yy.py").write_text("F = 12\n")
+    assert digest() != first
 
 
 def test_trials_say_which_code_decides_them(monkeypatch):
