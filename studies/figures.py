@@ -180,7 +180,7 @@ def frontier(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]) -
     for axes, task in zip(panels, tasks, strict=True):
         shown, cells = findings.shown(task), findings.of(task)
         costs = [float(cell.stack.state_bytes) for cell in cells]
-        best = on_frontier(findings, task)
+        best = on_frontier(cells, shown.maximise)
         xs, ys = [float(cell.stack.state_bytes) for cell in best], [cell.mean for cell in best]
         axes.set_xscale("log", base=2)
         low, high = min(costs) / 1.8, max(costs) * 1.8

@@ -6,8 +6,8 @@ May import nothing above studies. Figures and tables show what is gathered here,
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from hybridzoo.studies.plan import Kind, Plan, Stack
@@ -36,6 +36,12 @@ class Cell:
     def mean(self) -> float:
         return statistics.fmean(self.scores)
 
+    def of_seeds(self, seeds: Collection[int]) -> Cell:
+        """Return the same with `seeds` alone."""
+        kept = [i for i, seed in enumerate(self.seeds) if seed in seeds]
+        lists = ("seeds", "scores", "metrics", "histories", "seconds")
+        return replace(self, **{name: tuple(getattr(self, name)[i] for i in kept) for name in lists})
+
     def level(self, metric: str) -> list[float]:
         """The scores over seeds at another difficulty."""
         return [metrics[metric] for metrics in self.metrics if metric in metrics]
@@ -46,7 +52,7 @@ class Cell:
         return curves[0][0], [values for _, values in curves]
 
     def gained(self, metric: str, maximise: bool) -> float:
-        """How much the mean curve still improved in the last fifth of the training."""
+        """How much the mean curve's last fifth is better than the fifth before it."""
         _, curves = self.curve(metric)
         means = [statistics.fmean(values) for values in zip(*curves, strict=False)]
         return still_improving(means, maximise)
@@ -66,6 +72,12 @@ class Findings:
 
     def of(self, task: str) -> list[Cell]:
         return list(self.cells[task].values())
+
+    def comparable(self, task: str) -> list[Cell]:
+        """The cells of a task, each with those seeds alone that all of them have: pairs, so fit to be compared."""
+        cells = self.of(task)
+        shared = set.intersection(*(set(cell.seeds) for cell in cells)) if cells else set()
+        return [cell.of_seeds(shared) for cell in cells] if shared else []
 
     def shown(self, task: str) -> Shown:
         return self.plan.shown[task]
@@ -120,11 +132,10 @@ def _cell(stack: Stack, task: str, shown: Shown, runs: Sequence[Mapping[str, Any
     )
 
 
-def on_frontier(findings: Findings, task: str) -> list[Cell]:
+def on_frontier(cells: Sequence[Cell], maximise: bool) -> list[Cell]:
     """Return the cells that no other beats on both mean score and inference memory, smallest first."""
-    cells = findings.of(task)
     costs = [float(cell.stack.state_bytes) for cell in cells]
-    best = pareto_frontier(costs, [cell.mean for cell in cells], findings.shown(task).maximise)
+    best = pareto_frontier(costs, [cell.mean for cell in cells], maximise)
     return [cells[i] for i in best]
 
 

@@ -14,6 +14,9 @@ from hybridzoo.studies.stats import difference, spread
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.training.units import count, size
 
+GUESSES = 1.5  # times the score of guessing: a mean below it says that next to nothing was learnt
+SEEDS = 3  # from so many on, an interval is worth more than a look at the range
+
 
 def score(shown: Shown, value: float) -> str:
     """Return a score for a sentence: `97.3 %` or `2.381`."""
@@ -31,21 +34,30 @@ def joined(words: Sequence[str]) -> str:
 
 
 def headline(findings: Findings, task: str) -> list[str]:
-    """Return what was found on one task, a sentence each: the ranking, the ratio curves, and what cannot be told."""
-    shown, ranked = findings.shown(task), findings.ranked(task)
-    if not ranked:
+    """Return what was found on one task, a sentence each: the ranking, the ratio curves, and what cannot be told.
+
+    Stacks are compared on the seeds that all of them have a result of.
+    """
+    shown = findings.shown(task)
+    if not findings.of(task):
         return [f"On {task} no trial has finished."]
+    ranked = sorted(findings.comparable(task), key=lambda cell: cell.mean, reverse=shown.maximise)
+    said = _incomplete(findings, task, ranked)
+    if not ranked:
+        return said
     best, worst = ranked[0], ranked[-1]
-    guessing = [cell.stack.label for cell in ranked if _at_chance(shown, cell)]
+    guess = score(shown, shown.chance or 0)
+    guessing = [cell.stack.label for cell in ranked if _near_guessing(shown, cell)]
     if len(guessing) == len(ranked):
         return [
-            f"On {task} ({shown.label}) no stack does better than guessing ({score(shown, shown.chance or 0)}): "
-            "nothing was learnt, so nothing is compared."
+            *said,
+            f"On {task} ({shown.label}) no stack reaches {GUESSES} times guessing ({guess}): too little was learnt to "
+            "compare.",
         ]
-    said = [
+    said.append(
         f"On {task} ({shown.label}), {best.stack.label} is {_best(ranked)}, {_with_seeds(shown, best)}"
         + (f"; {worst.stack.label} is last, {_with_seeds(shown, worst)}." if len(ranked) > 1 else ".")
-    ]
+    )
     if _lone(ranked):
         said.append("With one seed nothing says how far chance moves a score, so no order of stacks is established.")
     elif ties := _not_told_apart(ranked, shown.maximise):
@@ -53,19 +65,38 @@ def headline(findings: Findings, task: str) -> list[str]:
     for name, curve in families(ranked).items():
         said += _ratio(shown, name, curve)
     if len(ranked) > 1:
-        said.append(_frontier(findings, task))
+        said.append(_frontier(shown, ranked))
     if guessing:
-        said.append(f"No better than guessing ({score(shown, shown.chance or 0)}): {joined(guessing)}.")
+        said.append(f"Under {GUESSES} times guessing ({guess}): {joined(guessing)}.")
     return said
 
 
+def _incomplete(findings: Findings, task: str, compared: Sequence[Cell]) -> list[str]:
+    """Name the stacks that lack seeds, and the seeds that are left to compare on."""
+    seeds, cells = findings.plan.study["seeds"], findings.cells[task]
+    counts = {
+        stack.label: len(cells[stack.label].seeds) if stack.label in cells else 0 for stack in findings.plan.stacks
+    }
+    short = [f"{label} ({n} of {len(seeds)} seeds)" for label, n in counts.items() if n < len(seeds)]
+    if not short:
+        return []
+    if not compared:
+        return [f"On {task} no seed has a result of every stack, so stacks are not compared: {joined(short)}."]
+    shared = compared[0].seeds
+    named = f"seed{'' if len(shared) == 1 else 's'} {joined([str(seed) for seed in shared])}"
+    return [
+        f"On {task} results are missing of {joined(short)}; what follows is of {named} alone, which every stack with "
+        "results has."
+    ]
+
+
 def _lone(cells: Sequence[Cell]) -> bool:
-    """Whether stacks are to be compared of which some have only one seed."""
-    return len(cells) > 1 and min(len(cell.scores) for cell in cells) == 1
+    """Whether stacks are to be compared on one seed."""
+    return len(cells) > 1 and len(cells[0].scores) == 1
 
 
 def _best(cells: Sequence[Cell]) -> str:
-    return "best" if max(len(cell.scores) for cell in cells) == 1 else "best on average"
+    return "best" if len(cells[0].scores) == 1 else "best on average"
 
 
 def _with_seeds(shown: Shown, cell: Cell) -> str:
@@ -74,22 +105,22 @@ def _with_seeds(shown: Shown, cell: Cell) -> str:
     return f"{score(shown, cell.mean)} (seeds {', '.join(score(shown, value) for value in cell.scores)})"
 
 
-def _at_chance(shown: Shown, cell: Cell) -> bool:
-    return shown.chance is not None and max(cell.scores) < 1.5 * shown.chance
+def _near_guessing(shown: Shown, cell: Cell) -> bool:
+    return shown.chance is not None and shown.maximise and cell.mean < GUESSES * shown.chance
 
 
 def _not_told_apart(ranked: Sequence[Cell], maximise: bool) -> list[Cell]:
-    """The cells whose paired difference from the best is within its own noise.
+    """The cells, all of the same seeds, whose paired difference from the best is within its own noise.
 
-    With three seeds or more, the 95 % interval of the difference holds 0. With fewer an interval says little, and the
+    From `SEEDS` seeds on, the 95 % interval of the difference holds 0. With fewer an interval says little, and the
     ranges of the seeds must overlap.
     """
     best, rest = ranked[0], ranked[1:]
     ties = []
     for cell in rest:
-        if len(best.scores) >= 3 and best.seeds == cell.seeds:
-            gap = difference(best.scores, cell.scores)
-            tied = gap.low <= 0 <= gap.high
+        if len(best.scores) >= SEEDS:
+            apart = difference(best.scores, cell.scores)
+            tied = apart.low <= 0 <= apart.high
         elif maximise:
             tied = max(cell.scores) >= min(best.scores)
         else:
@@ -110,8 +141,8 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
     ranked = sorted(curve, key=lambda cell: cell.mean, reverse=shown.maximise)
     if not _lone(curve) and len(_not_told_apart(ranked, shown.maximise)) == len(curve) - 1:
         return [
-            f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, and the seeds of one stack "
-            f"by up to {gap(shown, noise)}: no ratio is told from the best, so flat, as far as this can tell."
+            f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, and the seeds of one "
+            f"stack by up to {gap(shown, noise)}: no ratio is told from the best, so flat, as far as this can tell."
         ]
     steps = [(sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)]
     jump, before, after = max(steps, key=lambda step: abs(step[0]))
@@ -132,13 +163,15 @@ def _best_ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> str:
     said = f"Of the mixtures of attention and {name}, that with {_share(ranked[0])} attention is {_best(ranked)}"
     if _lone(ranked):
         return f"{said}; one seed does not say whether by more than chance."
+    if not ties and len(ranked[0].scores) < SEEDS:
+        return f"{said}: no seed of another reaches one of its own."
     if not ties:
-        return f"{said}, ahead of every other by more than its seeds differ."
+        return f"{said}: the 95 % interval of its difference from every other excludes zero."
     return f"{said}; the seeds do not separate it from {joined([f'{100 * share:.3g} %' for share in ties])}."
 
 
-def _frontier(findings: Findings, task: str) -> str:
-    cells = on_frontier(findings, task)
+def _frontier(shown: Shown, compared: Sequence[Cell]) -> str:
+    cells = on_frontier(compared, shown.maximise)
     named = joined([f"{cell.stack.label} ({size(cell.stack.state_bytes)})" for cell in cells])
     stand, them = ("stands", "it") if len(cells) == 1 else ("stand", "them")
     return f"Of quality against inference memory, {named} {stand} on the frontier: no mean beats {them} on both."
@@ -158,16 +191,18 @@ def training_notes(findings: Findings, task: str) -> list[str]:
             f"On {task} no learning curve was recorded (train.eval_every), so nothing here says whether training was "
             "long enough."
         ]
+    cells = [cell for cell in cells if not _near_guessing(shown, cell)]  # what moves there is noise
+    if not cells:
+        return [f"On {task} no stack reaches {GUESSES} times guessing: whether a longer training would is not shown."]
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
     moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
     still = [f"{cell.stack.label} (by {gap(shown, gain)})" for cell, gain in moving if gain > threshold]
+    compared = "the last fifth of training against the fifth before it"
     if not still:
-        return [
-            f"On {task}, no stack improved by more than {gap(shown, threshold)} over the last fifth of its training."
-        ]
+        return [f"On {task}, no stack improved by more than {gap(shown, threshold)}, {compared}."]
     return [
-        f"On {task}, still improving over the last fifth of training: {joined(still)}. Their scores are what this "
-        "budget gives, not what they can reach."
+        f"On {task}, still improving, {compared}: {joined(still)}. Their scores are what this budget gives, not what "
+        "they can reach."
     ]
 
 

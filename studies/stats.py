@@ -142,14 +142,15 @@ def pareto_frontier(costs: Sequence[float], values: Sequence[float], maximise: b
 
 
 def still_improving(values: Sequence[float], maximise: bool, share: float = 0.2) -> float:
-    """Return how much better the last value is than the one a last `share` of the points before it, 0 if not better.
+    """Return how much better the mean of the last `share` of the values is than that of as many before; 0 if not.
 
-    What an undertrained stack shows, so that its final score is not read as its ceiling.
+    What an undertrained stack shows, so that its final score is not read as its ceiling. Means of several points, where
+    there are several, so that one lucky evaluation is not read as learning.
     """
     if len(values) < 2:
         return 0.0
-    back = max(1, round(share * (len(values) - 1)))
-    gain = values[-1] - values[-1 - back]
+    points = max(1, round(share * len(values)))
+    gain = statistics.fmean(values[-points:]) - statistics.fmean(values[-2 * points : -points])
     return max(0.0, gain if maximise else -gain)
 
 

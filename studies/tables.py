@@ -54,7 +54,7 @@ def stack_table(findings: Findings) -> Table:
     )
     rows = []
     for task, shown in findings.plan.shown.items():
-        best = {cell.stack.label for cell in on_frontier(findings, task)}
+        best = {cell.stack.label for cell in on_frontier(findings.of(task), shown.maximise)}
         for stack in findings.plan.stacks:
             cell = findings.cells[task].get(stack.label)
             costs = (

@@ -185,7 +185,10 @@ def test_a_key_changes_with_every_module_that_a_users_own_imports(tmp_path, monk
 def test_of_a_script_the_class_counts_and_what_it_imports(tmp_path):
     (tmp_path / "helper_yy.py").write_text("F = 1\n")
     script = tmp_path / "script.py"
-    text = "from helper_yy import F\nfrom hybridzoo.studies.code import code_digest\nclass Own:\n    f = F\n{}print(code_digest([Own]))\n"
+    text = (
+        "from helper_yy import F\nfrom hybridzoo.studies.code import code_digest\n"
+        "class Own:\n    f = F\n{}print(code_digest([Own]))\n"
+    )
 
     def digest(lines="", inside=""):
         script.write_text(text.format(inside + lines))

@@ -103,3 +103,11 @@ def test_a_curve_still_rising_at_its_end_is_noticed():
     assert stats.still_improving([0.1, 0.2, 0.3, 0.4, 0.5, 0.9], maximise=True) == pytest.approx(0.4)
     assert stats.still_improving([3.0, 2.0, 1.5, 1.5, 1.5, 1.5], maximise=False) == 0.0
     assert stats.still_improving([0.5], maximise=True) == 0.0
+    assert stats.still_improving([0.0, 0.5], maximise=True) == 0.5
+
+
+def test_one_evaluation_that_stands_out_is_not_learning():
+    flat = [0.5] * 14
+    assert stats.still_improving([*flat, 0.53], maximise=True) == pytest.approx(0.01)
+    rising = [place / 15 for place in range(15)]
+    assert stats.still_improving(rising, maximise=True) == pytest.approx(3 / 15)  # what a fifth of the training gains
