@@ -76,11 +76,17 @@ def _resolved(files: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[s
         raise SpecError(merged.placed(str(error), where)) from None
 
 
+def override_name(text: str) -> str:
+    """Return what errors call an override: itself, cut where it is long."""
+    short = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"override '{short}'"
+
+
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """Split `a.b=value` into its path and its value, read as YAML. Raises `SpecError` for anything else."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
-    where = f"override '{_short(text)}'"
+    where = override_name(text)
     if not equals or not all(_KEY.fullmatch(part) for part in path):
         raise SpecError(f"{where}: expected key=value with a dotted key, as in mixers.c.erase=token")
     if not value.strip():
@@ -168,11 +174,11 @@ class _Merged:
         for text in overrides:
             path, value = parse_override(text)
             if path[0] == "base":
-                raise SpecError(f"override '{_short(text)}': base is part of a file; load that spec instead")
+                raise SpecError(f"{override_name(text)}: base is part of a file; load that spec instead")
             for name in reversed(path):
                 value = {name: value}
             layer = _overlay(layer, long_forms(value))
-            origins.update(dict.fromkeys(_paths(value), f"override '{_short(text)}'"))
+            origins.update(dict.fromkeys(_paths(value), override_name(text)))
         self.lay(layer, "overrides")
         self.origins.update(origins)
 
@@ -188,7 +194,7 @@ def origin_of(message: str, origins: Mapping[str, str], file: str) -> str:
 
     Messages start with the key they are about, and an unknown key is quoted next (mixers/schema.py).
     """
-    key = message.partition(": ")[0]
+    key = re.sub(r"\[\d+\]", "", message.partition(": ")[0])  # of a list, its key
     extra = re.match(r"(?:[^:]*: )?unknown (?:key|word) '([^']*)'", message)
     if extra:
         key = f"{key}.{extra[1]}" if not message.startswith("unknown") else extra[1]
@@ -216,7 +222,3 @@ def _paths(data: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
         yield f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _paths(value, f"{prefix}{key}.")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

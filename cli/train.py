@@ -79,8 +79,12 @@ def train_command(
         import torch
 
         from hybridzoo.architectures import build_model
+        from hybridzoo.mixers.schema import SpecError
+        from hybridzoo.studies.plan import too_long, trained_length
         from hybridzoo.studies.runner import PLAN
+        from hybridzoo.studies.study import may_name_a_folder
         from hybridzoo.studies.tasks import build_task
+        from hybridzoo.studies.trial import slug
         from hybridzoo.training.units import count
 
         names.import_own(imports)
@@ -90,7 +94,10 @@ def train_command(
         task_words = {"type": task, **sorted_words["task"]}
         built = build_task(task_words, "task")
         resolved = _spec(spec, sorted_words["spec"], built)
-    folder = out or Path("runs") / f"{resolved.name}-{task}"
+        if said := too_long(trained_length(built, config), resolved.max_context):
+            raise SpecError(f"task: {said} of {resolved.name}")
+    stem = resolved.name if may_name_a_folder(resolved.name) else slug(resolved.name)
+    folder = out or Path("runs") / f"{stem}-{task}"
     if (folder / PLAN).exists():
         raise fail(f"{folder} holds a study's run ({PLAN}); give another --out")
     if is_run(folder) and not overwrite:

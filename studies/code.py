@@ -35,7 +35,8 @@ def code_digest(classes: Iterable[type], modules: Iterable[ModuleType] = ()) -> 
     typed = [base for base in bases if base.__module__ == "__main__" or base.__module__ not in sys.modules]
     roots = [*modules, *(sys.modules[base.__module__] for base in bases if base.__module__ in sys.modules)]
     reached = [module for module in _reached(roots) if module.__name__ != "__main__"]
-    own = {text for one in (*typed, *reached) if (text := _source(one)) is not None}
+    texts = [*map(_source, typed), *map(_source, reached)]
+    own = {text for text in texts if text is not None}
     return source_digest([f"zoo = '{_zoo_digest()}'", *sorted(own)])
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, TypeAlias
 
 from hybridzoo.studies.plan import Kind, Plan, Stack
 from hybridzoo.studies.stats import Summary, pareto_frontier, still_improving, summarise
+from hybridzoo.studies.study import yaml_word
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.training import History
 
@@ -38,9 +40,15 @@ class Cell:
 
     def of_seeds(self, seeds: Collection[int]) -> Cell:
         """Return the same with `seeds` alone."""
-        kept = [i for i, seed in enumerate(self.seeds) if seed in seeds]
-        lists = ("seeds", "scores", "metrics", "histories", "seconds")
-        return replace(self, **{name: tuple(getattr(self, name)[i] for i in kept) for name in lists})
+        kept = [seed in seeds for seed in self.seeds]
+        return replace(
+            self,
+            seeds=tuple(compress(self.seeds, kept)),
+            scores=tuple(compress(self.scores, kept)),
+            metrics=tuple(compress(self.metrics, kept)),
+            histories=tuple(compress(self.histories, kept)),
+            seconds=tuple(compress(self.seconds, kept)),
+        )
 
     def level(self, metric: str) -> list[float]:
         """The scores over seeds at another difficulty."""
@@ -192,10 +200,7 @@ class _Group:
 
 
 def _words(words: Mapping[str, Any]) -> Words:
-    def said(value: Any) -> str:
-        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-    return tuple((name, said(value)) for name, value in words.items())
+    return tuple((name, yaml_word(value)) for name, value in words.items())
 
 
 def _names(curves: Mapping[_Group, Sequence[Cell]]) -> list[str]:
@@ -204,11 +209,11 @@ def _names(curves: Mapping[_Group, Sequence[Cell]]) -> list[str]:
     names: list[str] = []
     for kind in curves:
         others = [other.words for other in curves if other != kind and family[other] == family[kind]]
-        words = [
+        words = dict.fromkeys(  # two mixers that differ alike in one word say it once
             f"{name.rpartition('.')[2]}={value}"
             for name, value in kind.words.items()
             if any(other.get(name, value) != value for other in others)
-        ]
+        )
         name = f"{family[kind]} ({', '.join(words)})" if words else family[kind]
         alike = sum(taken.startswith(name) for taken in names)
         names.append(f"{name} ({alike + 1})" if name in names else name)

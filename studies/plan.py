@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +17,14 @@ import torch
 
 from hybridzoo.architectures import Spec, account, load_spec
 from hybridzoo.architectures.account import DEFAULT_CONTEXT
-from hybridzoo.architectures.loader import spec_from
+from hybridzoo.architectures.loader import override_name, spec_from
 from hybridzoo.mixers import MixerConfig, build_mixer
 from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
 from hybridzoo.mixers.schema import SpecError
 from hybridzoo.mixers.user_code import import_user_code
 from hybridzoo.studies.code import code_digest
 from hybridzoo.studies.equalise import equalise, parameters
-from hybridzoo.studies.study import Study
+from hybridzoo.studies.study import Study, axis_name, crossed_label
 from hybridzoo.studies.tasks import Shown, StudyTask, build_task
 from hybridzoo.studies.trial import Trial
 from hybridzoo.training import TrainConfig
@@ -73,7 +72,7 @@ class Plan:
     """A study made concrete.
 
     `excluded` are stacks that cannot meet the budget: label, and why. `lengths` are tokens a sequence in training, by
-    task (at its end, where a curriculum changes them).
+    task (at its end, where a curriculum changes them). `notes` are for whoever starts the run.
     """
 
     study: dict[str, Any]
@@ -83,6 +82,7 @@ class Plan:
     excluded: tuple[tuple[str, str], ...]
     shown: dict[str, Shown]
     trials: tuple[Trial, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -98,6 +98,7 @@ class Plan:
             excluded=tuple((label, why) for label, why in data["excluded"]),
             shown={label: Shown.from_dict(shown) for label, shown in data["shown"].items()},
             trials=tuple(Trial(**trial) for trial in data["trials"]),
+            notes=tuple(data.get("notes", ())),
         )
 
 
@@ -113,12 +114,12 @@ def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
     tasks = {label: build_task(entry.task, f"tasks.{label}") for label, entry in study.tasks.items()}
     # Absolute differences are the same for any vocabulary, so relative ones are largest at the smallest: solve there.
     smallest = min(task.vocab_size for task in tasks.values())
-    specs = {label: _resolve(study, label, smallest) for label in study.stacks}
+    specs, notes = _once(study, {label: _resolve(study, label, smallest) for label in study.stacks})
     target, specs, excluded = _hold(study, specs)
     if not specs:
         listed = "; ".join(f"{label}: {why}" for label, why in excluded)
         raise SpecError(study.placed(f"hold.params: no stack can meet the budget ({listed})"))
-    lengths = {name: _trained_length(task, study.tasks[name].train) for name, task in tasks.items()}
+    lengths = {name: trained_length(task, study.tasks[name].train) for name, task in tasks.items()}
     context = _context(study, specs, lengths)
     vocabularies = {name: task.vocab_size for name, task in tasks.items()}
     stacks = tuple(_stack(label, spec, vocabularies, lengths, context) for label, spec in specs.items())
@@ -152,23 +153,70 @@ def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
         excluded=excluded,
         shown=shown,
         trials=trials,
+        notes=notes,
     )
     # Through JSON once: what workers are given is then exactly what a later run reads from the disk, tuples and all.
     return Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
 
 
 def _resolve(study: Study, label: str, vocab_size: int) -> Spec:
-    overrides = [f"{path}={json.dumps(value)}" for path, value in study.stacks[label].items()]
-    overrides.append(f"vocab_size={vocab_size}")
+    overrides = [*_own_words(study, label).values(), f"vocab_size={vocab_size}"]
     try:
         if isinstance(study.spec, str):
             return load_spec(_found(study.spec, study.folder), overrides)
         return spec_from(study.spec, overrides, "spec", study.folder)
     except SpecError as error:
-        # What is wrong with the base is wrong with every stack; naming one of them would mislead.
-        # A stack's own words reach the spec as overrides.
-        message, own = re.subn(r"^override '.*?': ", f"stacks.{label}.", str(error))
-        raise SpecError(study.placed(message if own or message.startswith("spec") else f"spec: {message}")) from None
+        raise SpecError(study.placed(_in_the_study(study, label, str(error)))) from None
+
+
+def _own_words(study: Study, label: str) -> dict[str, str]:
+    """A stack's own words reach the spec as overrides: these, by their key."""
+    return {path: f"{path}={json.dumps(value)}" for path, value in study.stacks[label].items()}
+
+
+def _in_the_study(study: Study, label: str, message: str) -> str:
+    """Say where in the study stands what an error about a stack's spec is about."""
+    crossing = study.crossings[label]
+    for path, text in _own_words(study, label).items():
+        said = message.removeprefix(f"{override_name(text)}: ")
+        if said != message and path in crossing.chosen:
+            outer = path.rpartition(".")[0]
+            return f"axes.{path}: {said.removeprefix(f'{path}: ').removeprefix(f'{outer}: ')}"
+        if said != message:
+            return f"stacks.{crossing.declared}{': ' if said.startswith('unknown ') else '.'}{said}"
+    # What is wrong with the base is wrong with every stack; naming one of them would mislead.
+    return message if message.startswith("spec") else f"spec: {message}"
+
+
+def _once(study: Study, specs: Mapping[str, Spec]) -> tuple[dict[str, Spec], tuple[str, ...]]:
+    """List a stack once, without the axis, where an axis changes nothing of it: a window, where there is no attention.
+
+    Returns the specs that are left, by their labels, and a note on each axis that went.
+    """
+    kept: dict[str, Spec] = {}
+    notes: list[str] = []
+    for declared in dict.fromkeys(crossing.declared for crossing in study.crossings.values()):
+        mine = [label for label in specs if study.crossings[label].declared == declared]
+        axes = list(study.crossings[mine[0]].chosen)
+        for path in list(axes):
+            twins: dict[str, list[str]] = {}  # labels that differ on this axis alone
+            for label in mine:
+                others = {other: study.crossings[label].chosen[other] for other in axes if other != path}
+                twins.setdefault(json.dumps(others), []).append(label)
+            groups = list(twins.values())
+            same = all(_trained(specs[label]) == _trained(specs[group[0]]) for group in groups for label in group)
+            if same and len(groups[0]) > 1:
+                mine = [group[0] for group in groups]
+                axes.remove(path)
+                word = axis_name(path, study.crossings[mine[0]].chosen)
+                notes.append(f"{declared}: listed once along {word}, which changes nothing of it")
+        kept |= {crossed_label(study.crossings[label], axes): specs[label] for label in mine}
+    return kept, tuple(notes)
+
+
+def _trained(spec: Spec) -> Spec:
+    """A spec without what is only said: its name, its pattern, and mixers that no layer has."""
+    return replace(spec, name="", pattern="", mixers={})
 
 
 def _found(name: str, folder: Path) -> str:
@@ -187,9 +235,14 @@ def _hold(study: Study, specs: dict[str, Spec]) -> tuple[int | None, dict[str, S
     return target, {label: result.spec for label, result in solved.items() if result.reached}, excluded
 
 
-def _trained_length(task: StudyTask, config: TrainConfig) -> int:
-    """Tokens a sequence at the end of the training, where a curriculum is over."""
+def trained_length(task: StudyTask, config: TrainConfig) -> int:
+    """Return the tokens of a sequence at the end of the training, where a curriculum is over."""
     return task.batch(config.steps - 1, 1, torch.Generator().manual_seed(0)).ids.shape[1]
+
+
+def too_long(length: int, limit: int | None) -> str:
+    """Say that a model of that `max_context` cannot be trained on sequences of `length`; nothing where it can."""
+    return f"its sequences of {length} are over max_context {limit}" if limit is not None and length > limit else ""
 
 
 def _context(study: Study, specs: Mapping[str, Spec], lengths: Mapping[str, int]) -> int:
@@ -199,12 +252,8 @@ def _context(study: Study, specs: Mapping[str, Spec], lengths: Mapping[str, int]
         if study.context is not None and study.context > limit:
             raise SpecError(study.placed(f"context: {study.context} is over max_context {limit} of stacks.{label}"))
         for name, length in lengths.items():
-            if length > limit:
-                raise SpecError(
-                    study.placed(
-                        f"tasks.{name}: its sequences of {length} are over max_context {limit} of stacks.{label}"
-                    )
-                )
+            if said := too_long(length, limit):
+                raise SpecError(study.placed(f"tasks.{name}: {said} of stacks.{label}"))
     return study.context or min([DEFAULT_CONTEXT, *limits.values()])
 
 
@@ -258,6 +307,7 @@ def _kind(spec: Spec) -> Kind:
     chosen = {name: value for name, value in spec.to_dict().items() if name not in _NOT_OF_A_KIND}
     configs = {config for layer in spec.layers for _, config in layer.mixers}
     return Kind(
+        # d_model is every mixer's, so it is among the rest.
         recurrent=_words(config for config in configs if not _keeps_keys(config)),
         attention=_words(config for config in configs if _keeps_keys(config)),
         rest={key: value for key, value in _flat(chosen).items() if key not in ("ffn.width", "ffn.expand")},
@@ -273,7 +323,7 @@ def _words(configs: Iterable[MixerConfig]) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {}
     for name, words in sorted(((entry_of(one).name, dataclasses.asdict(one)) for one in configs), key=json.dumps):
         place = name if name not in entries else f"{name} {len(entries) + 1}"
-        entries[place] = words
+        entries[place] = {key: value for key, value in words.items() if key != "d_model"}
     return _flat(entries)
 
 

@@ -65,11 +65,13 @@ def run_study(
     are modules or files that register a user's mixers and tasks: workers import them before they build anything.
     `KeyboardInterrupt` stops the workers and is raised on; the folder stays resumable.
 
-    Raises: `SpecError` for a study that cannot be planned; `RuntimeError` where another process is at the same folder.
+    Raises: `SpecError` for a study that cannot be planned, and for a folder that holds another study's run;
+    `RuntimeError` where another process is at the same folder.
     """
     started = time.perf_counter()
     display = default_display() if display is None else display
     root = Path(folder)
+    _check_folder(root, study)
     display.note(f"planning study '{study.name}' in {root}")
     plan = make_plan(study, imports)
     for entry in study.tasks.values():
@@ -82,6 +84,8 @@ def run_study(
         workers = _default_processes() if processes is None else processes
         workers = min(workers, len(jobs))
         per_worker = threads or _threads_asked_for() or max(1, _cores() // max(1, workers))
+        for note in plan.notes:
+            display.note(note)
         for label, why in plan.excluded:
             display.note(f"left out, since it cannot meet the budget: {label}: {why}")
         failed = _run(jobs, len(plan.trials) - len(jobs), workers, per_worker, plan, display)
@@ -131,12 +135,38 @@ def _default_processes() -> int:
     return 1 if torch.cuda.is_available() else _cores()
 
 
+def _earlier_plan(root: Path) -> Plan | None:
+    try:
+        return read_plan(root)
+    except SpecError:  # none, or one that can no longer be read: it is written anew
+        return None
+
+
+def _check_folder(root: Path, study: Study) -> None:
+    earlier = _earlier_plan(root)
+    if earlier is not None and earlier.study["name"] != study.name:
+        raise SpecError(
+            f"{root}: holds a run of the study '{earlier.study['name']}', so '{study.name}' needs a folder of its own"
+        )
+
+
 def _save_plan(root: Path, plan: Plan) -> None:
+    earlier = _earlier_plan(root)
+    specs = _saved_specs(plan)
     write_json(root / PLAN, plan.to_dict())
-    for stack in plan.stacks:
-        for task, spec in stack.specs.items():
-            name = f"{slug(stack.label)}--{slug(task)}.yaml" if len(stack.specs) > 1 else f"{slug(stack.label)}.yaml"
-            write_text(root / SPECS / name, Spec.from_dict(spec, name).to_yaml())
+    for name, spec in specs.items():
+        write_text(root / SPECS / name, Spec.from_dict(spec, name).to_yaml())
+    for name in set(_saved_specs(earlier) if earlier else ()) - set(specs):
+        (root / SPECS / name).unlink(missing_ok=True)
+
+
+def _saved_specs(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Every stack's spec by the name of its file; of several tasks, one each."""
+    return {
+        f"{slug(stack.label)}--{slug(task)}.yaml" if len(stack.specs) > 1 else f"{slug(stack.label)}.yaml": spec
+        for stack in plan.stacks
+        for task, spec in stack.specs.items()
+    }
 
 
 def _jobs_to_run(root: Path, plan: Plan, retry_failed: bool, imports: tuple[str, ...], display: Display) -> list[Job]:

@@ -9,16 +9,29 @@ import dataclasses
 import importlib.resources
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hybridzoo.architectures.loader import origin_of, parse_override
 from hybridzoo.architectures.plain_yaml import read_file
-from hybridzoo.mixers.schema import SpecError, convert, nearest
+from hybridzoo.mixers.schema import SpecError, convert, nearest, unknown
 from hybridzoo.studies.tasks import build_task
 from hybridzoo.training import TrainConfig
+
+_NAME = re.compile(r"\w[\w .-]{0,99}")
+
+
+def may_name_a_folder(name: str) -> bool:
+    """Whether `name` is 1 to 100 letters, digits, spaces, `.`, `_` or `-`, and starts with none of ` .-`."""
+    return _NAME.fullmatch(name) is not None
+
+
+def yaml_word(value: Any) -> str:
+    """Return a value as YAML and overrides write it: `null`, `true`, and all else as its text."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +60,18 @@ class _Written:
     tasks: dict[str, dict[str, Any]]
     about: str = ""
     stacks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    axes: dict[str, list[Any]] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     hold: Hold | None = None
     context: int | None = None
 
     def __post_init__(self) -> None:
+        if not may_name_a_folder(self.name):
+            raise SpecError(
+                f".name: '{self.name}' is also the folder of the results: at most 100 letters, digits, spaces, '.', "
+                "'_' and '-', first a letter, digit or '_'"
+            )
         for name in ("tasks", "seeds"):
             if not getattr(self, name):
                 raise SpecError(f".{name}: a study needs at least one")
@@ -62,6 +80,8 @@ class _Written:
         if self.context is not None and self.context < 1:
             raise SpecError(f".context: must be at least 1, got {self.context}")
         for path, values in self.axes.items():
+            if not isinstance(values, list | tuple):
+                raise SpecError(f".axes.{path}: expected a list of values, as in [16, 32], got {yaml_word(values)}")
             if not values:
                 raise SpecError(f".axes.{path}: an axis needs at least one value")
 
@@ -74,9 +94,18 @@ class StudyTaskEntry:
     train: TrainConfig
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """Where a crossed stack comes from: the label it was declared under, and the value that each axis has in it."""
+
+    declared: str
+    chosen: dict[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A checked study. `stacks` are already crossed with the axes: a label, and overrides of the base spec.
+    """A checked study. `stacks` are already crossed with the axes: a label, and overrides of the base spec; `crossings`
+    say what each was crossed from.
 
     `spec` is a shipped spec's name, a path, or a spec's own mapping. `context` is the length at which inference memory
     is counted: None is 4,096, or less where a stack takes less. `source` is what errors call the file, `origins` what
@@ -87,6 +116,7 @@ class Study:
     about: str
     spec: str | dict[str, Any]
     stacks: dict[str, dict[str, Any]]
+    crossings: dict[str, Crossing]
     tasks: dict[str, StudyTaskEntry]
     seeds: tuple[int, ...]
     hold: Hold | None
@@ -102,7 +132,7 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """Return the study as plain data with every default filled in."""
         data = dataclasses.asdict(self)
-        del data["source"], data["folder"], data["origins"]
+        del data["source"], data["folder"], data["origins"], data["crossings"]
         data["tasks"] = {
             label: {**entry.task, "train": dataclasses.asdict(entry.train)} for label, entry in self.tasks.items()
         }
@@ -140,13 +170,27 @@ def load_study(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = 
     else:
         path = study_path(given)
         where = path.name
-    data = read_file(path, where)
+    file = data = read_file(path, where)
     origins = {}
     for text in overrides:
         keys, value = parse_override(text)
         data = _overlay(data, keys, value)
         origins[".".join(keys)] = f"override '{text}'"
+    _check_labels(file, data, origins)
     return _checked(data, where, path.parent, origins)
+
+
+def _check_labels(file: Mapping[str, Any], data: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Refuse an override of one word in a task or stack that the file does not have: its label is a slip, not new."""
+    for place, origin in origins.items():
+        section, _, rest = place.partition(".")
+        label, _, word = rest.partition(".")
+        labels = file.get(section)
+        if section not in ("tasks", "stacks") or not word or not isinstance(labels, Mapping) or label in labels:
+            continue
+        if not labels or section in origins or f"{section}.{label}" in origins or "type" in data[section][label]:
+            continue  # declared here, in one override or in several
+        raise SpecError(f"{origin}: {unknown(section, 'label', label, labels)}")
 
 
 def study_from(data: Mapping[str, Any], where: str = "study", folder: Path | None = None) -> Study:
@@ -157,7 +201,7 @@ def study_from(data: Mapping[str, Any], where: str = "study", folder: Path | Non
 def _checked(data: Mapping[str, Any], where: str, folder: Path, origins: dict[str, str]) -> Study:
     try:
         written = convert(_Written, data, "")
-        stacks = _cross(written.stacks or {"base": {}}, written.axes)
+        stacks, crossings = _cross(written.stacks or {"base": {}}, written.axes)
         tasks = {label: _task_entry(label, entry, written.train) for label, entry in written.tasks.items()}
     except SpecError as error:
         message = str(error).removeprefix(".").removeprefix(": ")
@@ -167,6 +211,7 @@ def _checked(data: Mapping[str, Any], where: str, folder: Path, origins: dict[st
         about=written.about,
         spec=written.spec,
         stacks=stacks,
+        crossings=crossings,
         tasks=tasks,
         seeds=written.seeds,
         hold=written.hold,
@@ -202,23 +247,35 @@ def _task_entry(label: str, entry: Mapping[str, Any], shared: Mapping[str, Any])
     return StudyTaskEntry(words, convert(TrainConfig, {**shared, **own}, where))
 
 
-def _cross(stacks: Mapping[str, Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
-    """Return every stack under every combination of the axes' values, labelled by both."""
+def _cross(
+    stacks: Mapping[str, Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Crossing]]:
+    """Return every stack under every combination of the axes' values, labelled by both, and what each comes from."""
     crossed: dict[str, dict[str, Any]] = {}
+    crossings: dict[str, Crossing] = {}
     for label, overrides in stacks.items():
         flat = _flatten(overrides)
         for path in axes:
             if path in flat:
                 raise SpecError(f".stacks.{label}.{path}: is also an axis; one of the two must go")
         for values in itertools.product(*axes.values()):
-            chosen = dict(zip(axes, values, strict=True))
-            words = ", ".join(f"{_short(path, axes)}={value}" for path, value in chosen.items())
-            full = words if label == "base" and words else f"{label}, {words}" if words else label
-            crossed[full] = {**flat, **chosen}
-    return crossed
+            crossing = Crossing(label, dict(zip(axes, values, strict=True)))
+            full = crossed_label(crossing, axes)
+            crossed[full] = {**flat, **crossing.chosen}
+            crossings[full] = crossing
+    return crossed, crossings
 
 
-def _short(path: str, axes: Mapping[str, Any]) -> str:
+def crossed_label(crossing: Crossing, axes: Iterable[str]) -> str:
+    """Return a stack's label with the value that it has on each of `axes`: `delta, window=16`."""
+    words = ", ".join(f"{axis_name(path, crossing.chosen)}={yaml_word(crossing.chosen[path])}" for path in axes)
+    if not words:
+        return crossing.declared
+    return words if crossing.declared == "base" else f"{crossing.declared}, {words}"
+
+
+def axis_name(path: str, axes: Iterable[str]) -> str:
+    """Return the last word of an axis, or its whole path where another of `axes` ends alike."""
     last = path.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in axes) == 1 else path
 

@@ -89,6 +89,13 @@ def test_a_folder_that_another_process_runs_a_study_in_is_refused_plainly(run, s
     assert "RuntimeError" not in result.stderr
 
 
+def test_another_study_does_not_take_a_run_s_folder(run, study):
+    run("study", "run", study, "--processes", "0", "--out", "runs/x")
+    result = run("study", "run", study, "name=other", "--processes", "0", "--out", "runs/x", ok=False)
+    assert result.exit_code == 2
+    assert "runs/x: holds a run of the study 'mine', so 'other' needs a folder of its own" in result.stderr
+
+
 def test_a_worker_that_cannot_start_is_a_failure(run, study, ends_with):
     ends_with(error=WorkerStartError("a worker process could not start"))
     assert run("study", "run", study, ok=False).exit_code == 1

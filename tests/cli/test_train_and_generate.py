@@ -60,6 +60,12 @@ def test_the_vocabulary_becomes_the_tasks_own(run, tiny):
     assert load_spec(tiny.parent / "runs/mine-mqar" / SPEC).vocab_size < 256
 
 
+def test_no_name_of_a_spec_leads_out_of_runs(run, tiny, text):
+    tiny.write_text(tiny.read_text().replace("name: mine", "name: ../../esc[1]"))
+    record = json.loads(run("train", tiny, *QUICK, f"task.folder={text}", "--json").stdout)
+    assert record["folder"] == "runs/esc-1-bytes"
+
+
 def test_a_trained_model_is_not_overwritten_unasked(run, trained, tiny, text):
     words = ["train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a"]
     assert "--overwrite" in run(*words, ok=False).stderr
@@ -78,6 +84,7 @@ def test_a_trained_model_is_not_overwritten_unasked(run, trained, tiny, text):
         (["vocab_size=7"], "below the task's 256"),
         (["task=mqar"], "task"),
         (["--device", "quantum"], "train.device"),
+        (["max_context=16", "task.length=32"], "task: its sequences of 32 are over max_context 16 of mine"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_trained(run, tiny, words, said):

@@ -132,6 +132,9 @@ def test_a_kind_is_all_but_ratio_order_and_what_met_the_budget():
     }
     assert changed == {"attention.window": 8}
     assert other["window"].recurrent == other["mixed"].recurrent
+    wide = {name for name, value in other["wide"].rest.items() if other["mixed"].rest[name] != value}
+    assert wide == {"d_model"}
+    assert (other["wide"].recurrent, other["wide"].attention) == (other["mixed"].recurrent, other["mixed"].attention)
 
 
 def test_a_key_changes_with_the_code_of_a_users_own_classes(tmp_path, monkeypatch):
@@ -274,11 +277,65 @@ def test_inference_is_counted_within_what_the_stacks_take():
         ),
         ("hold.params=10", r"override 'hold.params=10': hold.params: no stack can meet the budget"),
         ("tasks.recall.pairs=0", r"override 'tasks.recall.pairs=0': tasks.recall.pairs: must be at least 1"),
+        (
+            "tasks.recal.pairs=2",
+            r"override 'tasks.recal.pairs=2': tasks: unknown label 'recal' \(did you mean 'recall'\?\); known: recall,",
+        ),
+        (
+            "stacks.atention.layers=a",
+            r"override 'stacks.atention.layers=a': stacks: unknown label 'atention' .*'attention'",
+        ),
+        ("axes.d_modl=[16]", r"override 'axes.d_modl=\[16\]': axes.d_modl: unknown key 'd_modl' .*'d_model'"),
+        (
+            "axes={mixers.c.erase: [tokn]}",
+            r"override 'axes=\{mixers.c.erase: \[tokn\]\}': axes.mixers.c.erase: 'tokn' is not one of",
+        ),
+        ("axes={mixers.c.eras: [a]}", r"override .*': axes.mixers.c.eras: unknown key 'eras' .*'erase'"),
+        ('stacks.bad={layers: "z*2"}', r"override 'stacks.bad=.*': stacks.bad.layers: column 1: unknown mixer 'z'"),
+        ("stacks.bad={layers: a, d_modl: 3}", r"override 'stacks.bad=.*': stacks.bad: unknown key 'd_modl'"),
+        ("seeds=[0.5]", r"override 'seeds=\[0.5\]': seeds\[0\]: expected integer, got 0.5"),
+        ("axes={d_model: 16}", r"override .*: axes.d_model: expected a list of values, as in \[16, 32\], got 16"),
     ],
 )
 def test_an_error_names_the_override_that_brought_it(override, said):
     with pytest.raises(SpecError, match=f"^{said}"):
         make_plan(load_study("quickstart", [override]))
+
+
+def test_in_a_crossed_stack_an_error_keeps_the_label_that_was_declared(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nspec: transformer-tiny\nstacks: {delta: {layers: a}}\naxes: {d_model: [32, 64]}\n"
+        "tasks: {r: {type: mqar, pairs: 2, keys: 8, values: 8}}\n"
+    )
+    with pytest.raises(SpecError, match=r"^override 'stacks.delta.layers=d\*': stacks.delta.layers: "):
+        make_plan(load_study(path, ["stacks.delta.layers=d*"]))
+    path.write_text(path.read_text().replace("32", "0"))
+    with pytest.raises(SpecError, match=r"mine.yaml: axes.d_model: must be at least 1, got 0$"):
+        make_plan(load_study(path))
+
+
+def test_a_new_task_or_stack_may_come_from_overrides():
+    study = load_study(
+        "quickstart",
+        ["tasks.more.pairs=4", "tasks.more.type=mqar", "stacks.new={layers: a}", "stacks.new.d_model=32"],
+    )
+    assert study.tasks["more"].task == {"pairs": 4, "type": "mqar"}
+    assert study.stacks["new"] == {"layers": "a", "d_model": 32}
+
+
+def test_a_stack_that_an_axis_does_not_change_is_listed_once():
+    stacks = {"none": {"layers": "c*2"}, "some": {"layers": "c a"}}
+    axes = {"d_model": [16, 32], "mixers.a.window": [None, 8]}
+    plan = make_plan(study(stacks=stacks, axes=axes, hold=None))
+    assert [stack.label for stack in plan.stacks] == [
+        *("none, d_model=16", "none, d_model=32"),
+        *("some, d_model=16, window=null", "some, d_model=16, window=8"),
+        *("some, d_model=32, window=null", "some, d_model=32, window=8"),
+    ]
+    assert plan.notes == ("none: listed once along window, which changes nothing of it",)
+    one = make_plan(study(stacks=stacks, axes={"mixers.a.window": [8]}, hold=None))  # nothing to list twice
+    assert [stack.label for stack in one.stacks] == ["none, window=8", "some, window=8"]
 
 
 def test_what_is_wrong_in_a_file_is_put_on_the_file(tmp_path):

@@ -431,6 +431,17 @@ def test_a_curve_joins_only_stacks_that_differ_in_the_ratio(crossed):
     }
 
 
+def test_a_word_in_which_several_mixers_differ_is_said_once(make_results, make_kind):
+    rows_ = [(f"{share:g} of {value}", "carve", share, 0.5, 2.4) for value in (None, 8) for share in (0.25, 0.5)]
+    plan, results = make_results(rows=rows_)
+    kinds = [
+        replace(make_kind("carve", 0.5), recurrent={"carve.conv": conv, "carve 2.conv": conv}) for conv in (None, 8)
+    ]
+    stacks = [replace(stack, kind=kinds[place // 2]) for place, stack in enumerate(plan.stacks)]
+    curves = families(gather(replace(plan, stacks=tuple(stacks)), results).of("recall"))
+    assert list(curves) == ["carve (conv=null)", "carve (conv=8)"]
+
+
 def test_what_concerns_attention_alone_leaves_the_recurrent_end_to_every_curve(crossed):
     curves = crossed("attention", "attention.window", (16, 32))
     assert set(curves) == {"carve (window=16)", "carve (window=32)"}

@@ -273,6 +273,19 @@ def test_leftovers_of_a_killed_writer_go_and_the_plan_is_written_anew(folder):
     assert read_plan(folder) == make_plan(study_from(SMALL))
 
 
+def test_a_folder_of_another_study_is_left_alone(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SpecError, match=r"run: holds a run of the study 'small', so 'other' needs a folder of its own"):
+        run({**SMALL, "name": "other"}, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_specs_of_stacks_that_are_gone_go_and_what_else_is_there_stays(folder):
+    (folder / "specs" / "mine.yaml").write_text("a note\n")
+    run({**SMALL, "stacks": {"attention": {"layers": "a"}}}, folder)
+    assert sorted(path.name for path in (folder / "specs").iterdir()) == ["attention.yaml", "mine.yaml"]
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(SpecError, match=r"no study\.json here"):
         write_report(tmp_path)

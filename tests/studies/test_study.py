@@ -81,6 +81,14 @@ def test_the_recorded_quickstart_is_of_these_stacks_and_separates_them():
         (changed(hold={"params": 0}), r"mine\.yaml: hold\.params: must be at least 1, got 0"),
         (changed(hold={"tolerance": 2}), r"mine\.yaml: hold\.tolerance: must be a share between 0 and 1, got 2"),
         (changed(axes={"d_model": []}), r"mine\.yaml: axes\.d_model: an axis needs at least one value"),
+        (
+            changed(name="../../esc"),
+            r"mine\.yaml: name: '\.\./\.\./esc' is also the folder of the results: at most 100",
+        ),
+        (changed(name="-x"), r"mine\.yaml: name: '-x'"),
+        (changed(name=".x"), r"mine\.yaml: name: '\.x'"),
+        (changed(name="x" * 101), r"mine\.yaml: name: "),
+        (changed(name="x\n"), r"mine\.yaml: name: "),
         (changed(train={"stepz": 3}), r"mine\.yaml: train.*'stepz'.*did you mean 'steps'\?"),
         (changed(train={"lr": -1}), r"mine\.yaml: train\.lr: must be above 0, got -1"),
         (changed(train={"seed": 3}), r"mine\.yaml: train\.seed: the seeds are the study's own"),
@@ -175,6 +183,16 @@ def test_axes_cross_every_stack_and_label_what_they_vary():
     assert study.stacks["full, d_model=16, erase=token"] == {"layers": "a*2", "d_model": 16, "mixers.c.erase": "token"}
     alone = study_from(changed(axes={"layers": ["a a", "a c"]}))
     assert list(alone.stacks) == ["layers=a a", "layers=a c"]
+
+
+def test_axis_values_are_said_as_yaml_writes_them():
+    study = study_from(changed(axes={"max_context": [None, 64], "tie_embeddings": [True, False]}))
+    assert list(study.stacks)[:2] == [f"max_context=null, tie_embeddings={word}" for word in ("true", "false")]
+
+
+def test_a_name_may_be_any_that_a_folder_can_have():
+    for name in ("a", "Grün 2.1_x-y", "x" * 100):
+        assert study_from(changed(name=name)).name == name
 
 
 def test_axes_with_one_last_word_are_told_apart_by_their_whole_path():
