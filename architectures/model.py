@@ -117,7 +117,8 @@ class HybridLM(nn.Module):
             of -100 are ignored. The loss is the mean over the labels that count, and 0 where none does.
 
         Raises: `TypeError` for ids or labels that are not integers, `ValueError` for wrong shapes, ids or labels out of
-        range (where they lie in host memory), sequences over `max_context`, and a state of another model.
+        range (where they lie in host memory), sequences over `max_context` (counting what a state has seen, where that
+        lies in host memory), and a state of another model.
         """
         hidden, new_state = self.hidden(ids, state, cu_seqlens)
         logits = self.logits(hidden)
@@ -129,12 +130,13 @@ class HybridLM(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """Return what the head reads, `[B, T, d_model]`, and the new state; arguments as in `forward`."""
         self._check_ids(ids)
-        self._check_lengths(ids, cu_seqlens)
+        self._check_packing(ids, cu_seqlens)
         states = (None,) * len(self.blocks) if state is None else state
         if not isinstance(states, tuple | list):
             raise TypeError(f"state: expected the state of a model, got {type(states).__name__}")
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected one for each of {len(self.blocks)} layers, got {len(states)}")
+        self._check_context(ids, cu_seqlens, states)
         x = self.embedding(ids)
         new_states = []
         for block, each in zip(self.blocks, states, strict=True):
@@ -197,22 +199,29 @@ class HybridLM(nn.Module):
             allowed = f"0 to {self.spec.vocab_size - 1} (vocab_size - 1)" + (f", or {ignored}" if ignored else "")
             raise ValueError(f"{name} must lie in {allowed}, got {tokens[outside][0].item()}")
 
-    def _check_lengths(self, ids: Tensor, cu_seqlens: Tensor | None) -> None:
-        if cu_seqlens is not None:
-            if not isinstance(cu_seqlens, Tensor):
-                raise TypeError(f"cu_seqlens must be a tensor [N+1], got {type(cu_seqlens).__name__}")
-            check_cu_seqlens(cu_seqlens, ids.shape[0], ids.device)
-            if not torch.compiler.is_compiling():
-                # Read once a call, also where that waits for a GPU: a bad boundary there would end the process.
-                check_bounds(cu_seqlens.tolist(), ids.shape[1])
+    def _check_packing(self, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+        if cu_seqlens is None:
+            return
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens must be a tensor [N+1], got {type(cu_seqlens).__name__}")
+        check_cu_seqlens(cu_seqlens, ids.shape[0], ids.device)
+        if not torch.compiler.is_compiling():
+            # Read once a call, also where that waits for a GPU: a bad boundary there would end the process.
+            check_bounds(cu_seqlens.tolist(), ids.shape[1])
+
+    def _check_context(self, ids: Tensor, cu_seqlens: Tensor | None, states: Sequence[BlockState | None]) -> None:
         limit = self.spec.max_context
         if limit is None:
             return
         longest = ids.shape[1]
-        if cu_seqlens is not None:
-            if torch.compiler.is_compiling():
-                return  # its values are not known yet
-            longest = int(cu_seqlens.diff().max())
+        if not torch.compiler.is_compiling():
+            lengths = torch.full((1,), longest, device="cpu") if cu_seqlens is None else cu_seqlens.diff().cpu()
+            seen = _seen(states)
+            if seen is not None and len(lengths) in (1, len(seen)):  # else the mixers refuse the state
+                lengths = lengths + seen
+            longest = int(lengths.max())
+        elif cu_seqlens is not None:
+            return  # its values are not known yet
         if longest > limit:
             raise ValueError(f"a sequence of {longest} tokens is longer than the spec's max_context {limit}")
 
@@ -232,3 +241,13 @@ class HybridLM(nn.Module):
             targets = targets.masked_fill(starts[1:], IGNORED)
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def _seen(states: Sequence[BlockState | None]) -> Tensor | None:
+    """The tokens `[N]` that each sequence of a state has seen; None without a state or its lengths in host memory."""
+    for block in states:
+        for state in block if isinstance(block, tuple | list) else ():
+            length = getattr(state, "length", None)
+            if isinstance(length, Tensor) and length.device.type == "cpu" and length.dim() == 1:
+                return length
+    return None

@@ -78,3 +78,12 @@ def test_a_graph_that_breaks_would_be_seen(shallow: Shallow) -> None:
     model.norm.register_forward_hook(lambda module, inputs, output: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported):
         assert_compiles_to_equal_results(model, "aot_eager")
+
+
+def test_going_on_from_a_state_compiles_whole_under_a_max_context(shallow: Shallow) -> None:
+    model = shallow("carve-hybrid-tiny", ["max_context=64"])
+    with torch.no_grad():
+        state = model(random_ids(256, 2, 9)).state
+    more = random_ids(256, 2, 5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(more, state=state).logits, model(more, state=state).logits)

@@ -219,6 +219,19 @@ def test_bad_labels_states_boundaries_and_lengths_are_refused() -> None:
         model(packed, cu_seqlens=torch.tensor([0, 9, 12]))
 
 
+def test_max_context_counts_what_a_state_has_seen() -> None:
+    for layers in ("a", "k", "k+a k"):
+        model = small_model(layers=layers, max_context=8)
+        state = model(random_ids(11, 2, 6)).state
+        model(random_ids(11, 2, 2), state=state)
+        with pytest.raises(ValueError, match="a sequence of 9 tokens is longer than the spec's max_context 8"):
+            model(random_ids(11, 2, 3), state=state)
+        packed, bounds = random_ids(11, 1, 4), torch.tensor([0, 1, 4])
+        model(packed, state=state, cu_seqlens=torch.tensor([0, 2, 4]))
+        with pytest.raises(ValueError, match="a sequence of 9 tokens"):
+            model(packed, state=state, cu_seqlens=bounds)
+
+
 def test_what_is_no_spec_or_no_dtype_for_weights_is_refused() -> None:
     for function in (build_model, account):
         with pytest.raises(TypeError, match=r"expected a Spec, got str; load_spec\('carve-tiny'\) gives one"):
