@@ -17,10 +17,10 @@ from hybridzoo.mixers.schema import SpecError
 class TrainConfig:
     """AdamW with warm-up and decay, over `steps` batches drawn from `seed`.
 
-    `warmup` counts steps. `schedule` takes the rate from `lr` to `lr * final_lr` over the steps after it. `clip` bounds
-    the gradient's norm (0: no bound). `device`, `amp` and `compile` left at `auto` mean: a GPU where there is one, and
-    on it bf16 autocast and torch.compile. `eval_every` counts steps between evaluations on the way (0: only at the
-    end); `log_every` steps are averaged into one point of the history.
+    `warmup` counts steps; it is cut to half of `steps`. `schedule` takes the rate from `lr` to `lr * final_lr` over the
+    steps after it. `clip` bounds the gradient's norm (0: no bound). `device`, `amp` and `compile` left at `auto` mean:
+    a GPU where there is one, and on it bf16 autocast and torch.compile. `eval_every` counts steps between evaluations
+    on the way (0: only at the end); `log_every` steps are averaged into one point of the history.
 
     Raises: `SpecError` naming the key, for a value that cannot train.
     """

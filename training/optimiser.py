@@ -44,12 +44,16 @@ def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of `step` (from 0): a linear warm-up that starts above 0, then the schedule."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+    """Return the learning rate of `step` (from 0): a linear warm-up that starts above 0, then the schedule.
+
+    A warm-up longer than half of the steps is cut to that, so that a short training reaches the peak too.
+    """
+    warmup = min(config.warmup, config.steps // 2)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    left = (step - config.warmup) / max(1, config.steps - config.warmup)
+    left = (step - warmup) / max(1, config.steps - warmup)
     left = min(left, 1.0)
     share = 0.5 * (1 + math.cos(math.pi * left)) if config.schedule == "cosine" else 1 - left
     return config.lr * (config.final_lr + (1 - config.final_lr) * share)

@@ -47,10 +47,17 @@ def test_the_rate_rises_to_its_peak_then_never_rises_again(steps, warmup, schedu
     config = TrainConfig(steps=steps, warmup=warmup, schedule=schedule, final_lr=final, lr=0.5)
     rates = [learning_rate(step, config) for step in range(steps)]
     assert all(0 <= rate <= 0.5 + 1e-12 for rate in rates)
-    peak = min(warmup, steps - 1)
+    peak = max(min(warmup, steps // 2) - 1, 0)
+    assert rates[peak] == 0.5
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(rates[: peak + 1]))
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[peak:]))
-    assert rates[0] > 0 or (warmup == 0 and final == 0 and rates[0] == 0.5)
+    assert rates[0] > 0
+
+
+@pytest.mark.parametrize("steps", [100, 145])
+def test_a_warmup_that_fits_is_as_long_as_asked(steps):
+    config = TrainConfig(steps=steps, warmup=20, lr=1.0)
+    assert [learning_rate(step, config) for step in range(21)] == [*[(step + 1) / 20 for step in range(20)], 1.0]
 
 
 def test_the_schedules_end_at_the_final_rate():
