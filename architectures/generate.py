@@ -148,8 +148,10 @@ def _prompts(
 def _as_tensor(n: int, prompt: Any) -> Tensor:
     if isinstance(prompt, Tensor):
         return prompt
+    if isinstance(prompt, int):
+        raise TypeError(f"ids must be a list of prompts, each a list of ids, as in [[1, 2, 3]]; got {prompt!r} in it")
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
-        raise TypeError(f"prompt {n}: expected integers, got {prompt!r}")
+        raise TypeError(f"prompt {n}: expected a list of ids, got {prompt!r}")
     try:
         return torch.tensor(prompt) if len(prompt) else torch.zeros(0, dtype=torch.int64)
     except (TypeError, ValueError):

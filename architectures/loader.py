@@ -48,8 +48,11 @@ def load_spec(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = (
     `layers=(c*3 a)*2`, `ffn.width=null`. Their order does not matter, but of two for one key the later wins.
 
     Raises: `SpecError` that names the file (or override), the key, what was given and the nearest valid choice. Loading
-    never runs code, and refuses files that would expand without bound.
+    never runs code, and refuses files that would expand without bound. `TypeError` for what is no name or path.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        hint = "; Spec.from_dict(...) reads a mapping" if isinstance(name_or_path, Mapping) else ""
+        raise TypeError(f"expected a spec's name or path, got {type(name_or_path).__name__}{hint}")
     return _resolved(_chain(*_find(os.fspath(name_or_path)), opened=[]), overrides)
 
 

@@ -20,7 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     epilog="Start with [bold]hybridzoo list[/], or train and compare: [bold]hybridzoo study run quickstart[/]. "
-    "A failed run exits with 1, a mistake in what was asked with 2; HYBRIDZOO_TRACEBACK=1 shows where an error rose.",
+    "A failed run exits with 1, a mistake in what was asked with 2, an interrupted run with 130; "
+    "HYBRIDZOO_TRACEBACK=1 shows where an error rose.",
 )
 
 

@@ -44,7 +44,13 @@ def generate_command(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to a spec.", show_default=False)
     ] = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="The text to go on from; - reads it from stdin.")
+        str,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="The text to go on from; - reads it from stdin. Default: a line break.",
+            show_default=False,
+        ),
     ] = "\n",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Bytes to add.", min=0)] = 256,
     temperature: Annotated[
@@ -54,7 +60,8 @@ def generate_command(
         ),
     ] = 0.8,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest bytes that hold this probability.", min=0.0, max=1.0)
+        float | None,
+        typer.Option(help="Draw from the likeliest bytes that hold this probability: above 0, at most 1."),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest bytes.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Make the draw repeatable.")] = None,

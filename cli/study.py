@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybridzoo.cli import listing, names
-from hybridzoo.cli.output import FAILED, command, fail, print_json, stdout, working
+from hybridzoo.cli.output import FAILED, INTERRUPTED, command, fail, note, print_json, stdout, working
 
 if TYPE_CHECKING:
     from hybridzoo.studies import Run
@@ -49,6 +49,7 @@ def run_command(
         from hybridzoo.cli.runs import holds_model
         from hybridzoo.studies import load_study, run_study, write_report
         from hybridzoo.studies.display import format_seconds
+        from hybridzoo.studies.runner import Stopped
 
         own = names.import_own(imports)
         loaded = load_study(study, overrides or [])
@@ -57,6 +58,8 @@ def run_command(
         raise fail(f"{folder} holds a trained model; give the study a folder of its own with --out")
     try:
         run = run_study(loaded, folder, processes=processes, imports=own)
+    except Stopped:
+        raise typer.Exit(INTERRUPTED) from None  # the display has said how far it came and how to go on
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # its kinds are failures; itself is what run_study says of a busy folder
             raise
@@ -80,7 +83,9 @@ def run_command(
     else:
         console = stdout()
         reused = f", {run.reused} more were there already" if run.reused else ""
-        console.print(f"{run.finished} trials in {format_seconds(run.seconds)}{reused}")
+        if run.finished or run.reused:
+            trials = "1 trial" if run.finished == 1 else f"{run.finished} trials"
+            console.print(f"{trials} in {format_seconds(run.seconds)}{reused}")
         if report is not None:
             console.print(f"report: [bold]{report}[/]", soft_wrap=True)
     if run.failed:
@@ -108,9 +113,17 @@ def report_command(
 ) -> None:
     """Write the report of a run again, from the results that are there; also while it is still running."""
     with working("drawing the report"):
-        from hybridzoo.studies import write_report
+        from hybridzoo.studies import read_findings, write_report
 
         report = write_report(folder)
+        findings = read_findings(folder)
+    for number, what in (
+        (len(findings.faults), "damaged and not used; the next run of the study replaces them"),
+        (len(findings.failed), "failed; the next run of the study tries them again"),
+        (len(findings.missing) - len(findings.faults), "without a result yet"),
+    ):
+        if number:
+            note(f"{number} of {len(findings.plan.trials)} trials {what}")
     stdout().print(str(report), soft_wrap=True)
 
 

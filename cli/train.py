@@ -208,13 +208,16 @@ def _display(steps: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
     """Yield what hears of every step: a bar on a terminal, a line now and then elsewhere."""
     console = stderr()
     if not console.is_terminal:
-        last = time.monotonic()
+        started = last = time.monotonic()
 
         def line(step: Step) -> None:
             nonlocal last
-            if step.step in (1, step.steps) or time.monotonic() - last > PLAIN_EVERY:
-                last = time.monotonic()
-                console.print(f"step {step.step}/{step.steps}: {_detail(task, step)}", soft_wrap=True)
+            now = time.monotonic()
+            if step.step in (1, step.steps) or now - last > PLAIN_EVERY:
+                last = now
+                # The first step also prepares the rest, so it says little of them.
+                left = _left((now - started) / step.step * (step.steps - step.step)) if step.step > 1 else ""
+                console.print(f"step {step.step}/{step.steps}: {_detail(task, step)}{left}", soft_wrap=True)
 
         yield line
         return
@@ -224,8 +227,14 @@ def _display(steps: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
         yield lambda step: bars.update(bar, completed=step.step, detail=_detail(task, step))
 
 
+def _left(seconds: float) -> str:
+    from hybridzoo.studies.display import format_seconds
+
+    return f", about {format_seconds(seconds)} left" if seconds else ""
+
+
 def _detail(task: StudyTask, step: Step) -> str:
     from hybridzoo.training.units import count
 
-    scored = f", {_score(task, step.metrics)}" if task.metric in step.metrics else ""
+    scored = f", held-out {_score(task, step.metrics)}" if task.metric in step.metrics else ""
     return f"loss {step.loss:.3f}{scored}, {count(step.tokens_per_second)} tokens/s"

@@ -35,6 +35,10 @@ from hybridzoo.studies.trial import Job, run_job, slug, write_failure
 PLAN, TRIALS, SPECS, LOCK = "study.json", "trials", "specs", ".lock"
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while trials ran; the display has said how many are on disk."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a call of `run_study` did. `reused` trials were finished before; `failed` are titles with their errors."""
@@ -63,7 +67,7 @@ def run_study(
     `threads` threads each (default: OMP_NUM_THREADS where it is set, else the cores shared out evenly). A trial that
     fails is recorded with its error and skipped; the next call tries it again unless `retry_failed` is false. `imports`
     are modules or files that register a user's mixers and tasks: workers import them before they build anything.
-    `KeyboardInterrupt` stops the workers and is raised on; the folder stays resumable.
+    `KeyboardInterrupt` stops the workers and is raised on (as `Stopped`); the folder stays resumable.
 
     Raises: `SpecError` for a study that cannot be planned, and for a folder that holds another study's run;
     `RuntimeError` where another process is at the same folder.
@@ -221,7 +225,7 @@ def _run(
             f"stopped after {format_seconds(time.perf_counter() - start)}: {reused + done} of {reused + len(jobs)} "
             "trials are on disk, and the same command goes on from there"
         )
-        raise
+        raise Stopped from None
     finally:
         display.end()
     return failed

@@ -89,7 +89,7 @@ def test_every_root_folder_is_linked_into_the_package(folder):
 
 def test_the_package_holds_nothing_but_links():
     here = {entry.name for entry in PACKAGE.iterdir()} - {"__pycache__"}
-    assert here == {"__init__.py", "py.typed", *ORDER, "yaml"}
+    assert here == {"__init__.py", "__main__.py", "py.typed", *ORDER, "yaml"}
 
 
 def test_yaml_holds_data_only():

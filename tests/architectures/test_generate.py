@@ -156,8 +156,8 @@ def test_draws_follow_the_softmax(model: HybridLM) -> None:
         ([[1], [-1]], {}, ValueError, "prompt 1: ids must lie in 0 to 10"),
         ([[1.5]], {}, TypeError, "prompt 0: ids must be integers, got torch.float32"),
         ([["a"]], {}, TypeError, r"prompt 0: expected integers, got \['a'\]"),
-        (["abc"], {}, TypeError, "prompt 0: expected integers, got 'abc'"),
-        ([3, 4], {}, TypeError, "prompt 0: expected integers, got 3"),
+        (["abc"], {}, TypeError, "prompt 0: expected a list of ids, got 'abc'"),
+        ([3, 4], {}, TypeError, r"ids must be a list of prompts, each a list of ids, as in \[\[1, 2, 3\]\]; got 3"),
         ([[True]], {}, TypeError, "prompt 0: ids must be integers, got torch.bool"),
         (torch.zeros(1, 2), {}, TypeError, "ids must be integers, got torch.float32"),
         (

@@ -297,3 +297,10 @@ def test_what_the_yaml_reader_refuses_is_refused_with_the_file(write) -> None:
 
 def test_spec_path_is_the_file_of_a_shipped_spec() -> None:
     assert spec_path("carve-tiny").is_file()
+
+
+def test_a_mapping_is_pointed_to_what_reads_it():
+    with pytest.raises(
+        TypeError, match=r"expected a spec's name or path, got dict; Spec.from_dict\(...\) reads a mapping"
+    ):
+        load_spec({"name": "x"})

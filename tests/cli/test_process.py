@@ -59,6 +59,13 @@ def test_data_on_stdout_is_pure_and_everything_else_is_on_stderr():
     assert "Traceback" not in bad.stderr
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "hybridzoo", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == shell("--help").stdout
+
+
 def test_a_reader_that_stops_early_is_no_error():
     process = subprocess.Popen([*COMMAND, "list", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()

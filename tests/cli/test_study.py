@@ -7,6 +7,8 @@ import pytest
 from hybridzoo import studies
 from hybridzoo.studies import Run
 from hybridzoo.studies.pool import WorkerStartError
+from hybridzoo.studies.results import read_result, write_result
+from hybridzoo.studies.runner import Stopped
 
 STUDY = """name: mine
 spec:
@@ -106,6 +108,32 @@ def test_a_study_that_fails_for_want_of_a_gpu_names_the_key(run, study, monkeypa
     result = run("study", "run", study, "train.device=cuda", ok=False)
     assert result.exit_code == 2
     assert result.stderr.endswith("error: train.device: 'cuda' is asked for, but torch sees no GPU here\n")
+
+
+def test_an_interrupted_study_says_it_once(run, study, ends_with):
+    ends_with(error=Stopped())
+    result = run("study", "run", study, ok=False)
+    assert (result.exit_code, result.stderr) == (130, "")
+
+
+def test_where_every_trial_fails_no_trials_are_counted(run, study, ends_with):
+    ends_with(failed=[("s", "ValueError: no")])
+    assert run("study", "run", study, ok=False).stdout == ""
+
+
+def test_a_report_of_a_part_says_on_the_terminal_what_is_missing(run, study):
+    run("study", "run", study, "seeds=[0, 1, 2]", "--processes", "0")
+    assert run("study", "report", "runs/mine").stderr == ""
+    files = sorted((study.parent / "runs" / "mine" / "trials").iterdir())
+    files[0].unlink()
+    files[1].write_text("{")
+    result = read_result(files[2])
+    write_result(files[2], {**result, "status": "failed", "metrics": {}, "error": "ValueError: no"})
+    assert run("study", "report", "runs/mine").stderr == (
+        "1 of 6 trials damaged and not used; the next run of the study replaces them\n"
+        "1 of 6 trials failed; the next run of the study tries them again\n"
+        "1 of 6 trials without a result yet\n"
+    )
 
 
 def test_a_finished_study_says_where_its_report_is(run, study):

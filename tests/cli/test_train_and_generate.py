@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 import torch
 
 from hybridzoo import training
 from hybridzoo.architectures import build_model, load_spec
+from hybridzoo.cli import train as train_module
 from hybridzoo.cli.runs import RECORD, SPEC, WEIGHTS, load_run, save_run
 from hybridzoo.training import Progress
 
@@ -34,6 +36,15 @@ def test_training_leaves_weights_spec_and_record(trained):
     assert record["metrics"]["bits_per_byte"] > 0
     assert load_spec(trained / SPEC).pattern == "c a"
     assert not [path for path in trained.iterdir() if path.name.startswith(".")], "nothing half-written is left"
+
+
+def test_lines_of_a_training_say_what_is_held_out_and_how_long_is_left(run, tiny, text, monkeypatch):
+    monkeypatch.setattr(train_module, "PLAIN_EVERY", 0.0)
+    lines = run("train", tiny, *QUICK, f"task.folder={text}").stderr.splitlines()
+    assert re.search(
+        r"^step 2/3: loss \d\.\d+, held-out \d\.\d+ bits a byte, .* tokens/s, about \d+ s left$", lines[-2]
+    )
+    assert "left" not in lines[-1]
 
 
 def test_saved_weights_come_back_bit_for_bit(tiny, tmp_path):
@@ -155,6 +166,13 @@ def test_the_streamed_text_is_what_the_model_generates(run, trained):
     assert json.loads(out)["continuation"] == wanted
 
 
+def test_help_says_what_an_option_takes_and_what_it_is_without(run):
+    said = " ".join(run("generate", "-h").stdout.replace("│", " ").split())
+    assert "above 0, at most 1" in said
+    assert "Default: a line break." in said
+    assert "130" in " ".join(run("-h").stdout.split())
+
+
 def test_no_bytes_to_add_leave_the_prompt(run, trained):
     assert run("generate", trained, "--prompt", "def ", "-n", "0").stdout == "def \n"
 
@@ -174,8 +192,8 @@ def test_an_untrained_spec_speaks_but_says_so(run):
         (["nowhere"], "no spec 'nowhere'"),
         (["carve-tiny", "vocab_size=300"], "byte-level"),
         (["carve-tiny", "--prompt", ""], "empty"),
-        (["carve-tiny", "--top-p", "0"], "top_p must be above 0"),
-        (["carve-tiny", "--top-p", "2"], "--top-p"),
+        (["carve-tiny", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["carve-tiny", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
         (["carve-tiny", "--temperature", "-1"], "--temperature"),
         (["carve-tiny", "--temperature", "0", "--top-k", "3"], "give a temperature above 0"),
         (["carve-tiny", "max_context=8", "--prompt", "def", "-n", "9"], "12 tokens are more than max_context 8"),
