@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from hybridzoo.kernels import chunkwise_op as _registers_the_ops  # noqa: F401
+from hybridzoo.kernels import chunkwise_op as _registers_chunkwise  # noqa: F401
+from hybridzoo.kernels.fused import op as _registers_fused  # noqa: F401
 from hybridzoo.kernels.tiles import MAX_TILE
 
 
@@ -32,12 +33,14 @@ def gated_delta_rule_flops(
     return tokens * n_v_heads * per_token
 
 
-@register_flop_formula(torch.ops.hybridzoo.chunkwise_delta_rule)
+@register_flop_formula([torch.ops.hybridzoo.chunkwise_delta_rule, torch.ops.hybridzoo.fused_delta_rule])
 def _forward(q: Any, k: Any, v: Any, *gates: Any, out_shape: Any = None, **options: Any) -> int:
     return _from_shapes(q, v, gates)
 
 
-@register_flop_formula(torch.ops.hybridzoo.chunkwise_delta_rule_backward)
+@register_flop_formula(
+    [torch.ops.hybridzoo.chunkwise_delta_rule_backward, torch.ops.hybridzoo.fused_delta_rule_backward]
+)
 def _backward(q: Any, k: Any, v: Any, *gates: Any, out_shape: Any = None, **options: Any) -> int:
     return 2 * _from_shapes(q, v, gates)
 

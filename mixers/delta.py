@@ -80,7 +80,7 @@ class DeltaConfig(MixerConfig):
     output_gate: Literal["none", "low_rank", "full"] = "low_rank"
     gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
     norm_eps: float = 1e-5
-    backend: Literal["auto", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

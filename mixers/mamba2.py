@@ -63,7 +63,7 @@ class Mamba2Config(MixerConfig):
     dt_limit_min: float = 0.0
     dt_limit_max: float | None = None
     norm_eps: float = 1e-5
-    backend: Literal["auto", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -119,7 +119,7 @@ def backward_kernel(
     tile_base = n * (tl.cdiv(T, 16) + (1 if CONTENT > 0 else 0))  # a content grid may cut off a first tile as well
     if VARLEN:
         start = tl.load(cu + n)
-        length = tl.load(cu + n + 1) - start
+        length = (tl.load(cu + n + 1) - start).to(tl.int32)
         tile_base = start // 16 + (2 * n if CONTENT > 0 else n)
     i = tl.arange(0, 16)
     kc, vc, rc = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BR)

@@ -64,7 +64,7 @@ def forward_kernel(
     tile_base = n * (tl.cdiv(T, 16) + (1 if CONTENT > 0 else 0))  # a content grid may cut off a first tile as well
     if VARLEN:
         start = tl.load(cu + n)
-        length = tl.load(cu + n + 1) - start
+        length = (tl.load(cu + n + 1) - start).to(tl.int32)
         # An upper bound on the tiles before: a sequence's last may be open, and with a content grid its first too.
         tile_base = start // 16 + (2 * n if CONTENT > 0 else n)
     i = tl.arange(0, 16)

@@ -1,4 +1,4 @@
-"""The host's side of the Triton kernels: buffers, configurations and grids. Nothing here waits for the device.
+"""The host's side of the Triton kernels: buffers, grids and arguments. Nothing here waits for the device.
 
 Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
 N sequences, P parts that a gradient is summed of.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts
 from hybridzoo.kernels.fused.backward import backward_kernel
+from hybridzoo.kernels.fused.config import Config, configs, power
 from hybridzoo.kernels.fused.forward import forward_kernel
 from hybridzoo.kernels.fused.room import chunk_starts
 from hybridzoo.kernels.recurrence_op import Call
@@ -27,14 +28,6 @@ MODES = {
     torch.float16: ("tf32", "tf32x3"),
     torch.float32: ("ieee", "ieee"),
 }
-
-
-class Config(NamedTuple):
-    """How a kernel is cut and scheduled."""
-
-    block_v: int  # value channels of a program
-    num_warps: int
-    num_stages: int
 
 
 class Launch(NamedTuple):
@@ -54,28 +47,6 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
-def forward_config(K: int, V: int, content: bool) -> Config:
-    """The forward kernel's cut for these head sizes."""
-    block_v = _block_v(K, V, content)
-    return Config(block_v, 8 if _power(K) * block_v >= 128 * 64 else 4, 2)
-
-
-def backward_config(K: int, V: int, content: bool) -> Config:
-    """The backward kernel's cut for these head sizes."""
-    block_v = _block_v(K, V, content)
-    return Config(block_v, 8 if _power(K) * block_v >= 128 * 64 else 4, 1)
-
-
-def _block_v(K: int, V: int, content: bool) -> int:
-    # A content gate reads every value channel, so a program has them all; else one state of 128 x 128 is the most that
-    # stays in registers.
-    return _power(V) if content or _power(K) * _power(V) <= 128 * 128 else 128 * 128 // _power(K)
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def forward(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the forward kernel: o, S, o_sum and o_mean, and with `save` a full `room`."""
     _check_values(call)
@@ -90,7 +61,7 @@ def forward_launch(call: Call, room: list[Tensor], save: bool, results: tuple[Te
     K, V = call.q.shape[3], call.v.shape[3]
     o, S1, sum1, mean1 = results
     states, news, inverses, means = room
-    config = forward_config(K, V, call.chunk > 0)
+    config = configs(K, V, call.chunk > 0, call.q.dtype)[0]
     arguments = {
         **_inputs(call),
         "S0": call.S,
@@ -143,7 +114,7 @@ def backward(call: Call, room: list[Tensor], d_results: list[Tensor | None]) -> 
 def backward_launch(call: Call, room: list[Tensor], d_results: list[Tensor]) -> tuple[Launch, dict[str, Any]]:
     """The backward kernel on a contiguous `call`, and the buffers it writes, gradients of several parts still apart."""
     (B, T, _, K), (HV, V) = call.q.shape, call.v.shape[2:]
-    config = backward_config(K, V, call.chunk > 0)
+    config = configs(K, V, call.chunk > 0, call.q.dtype)[1]
     parts = triton.cdiv(V, config.block_v)
     d_o, d_S, d_sum, d_mean = d_results
 
@@ -184,7 +155,7 @@ def backward_launch(call: Call, room: list[Tensor], d_results: list[Tensor]) -> 
 
 def _launch(kernel: Any, call: Call, config: Config, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
     blocks = triton.cdiv(call.v.shape[3], config.block_v)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.registers}
     return Launch(kernel, (call.S.shape[0] * call.v.shape[2], blocks), arguments, constants, options)
 
 
@@ -214,9 +185,9 @@ def _constants(call: Call, config: Config) -> dict[str, Any]:
     """What the compiler knows: block sizes, the flags, and the precision of products."""
     rank = 1 if call.down is None else call.down.shape[1]
     return {
-        "BK": _power(call.q.shape[3]),
+        "BK": power(call.q.shape[3]),
         "BV": config.block_v,
-        "BR": _power(rank),
+        "BR": power(rank),
         "RANK": rank,
         "DECAY": _kind(call.log_decay),
         "ERASE": call.erase_logits is not None,

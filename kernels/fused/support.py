@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+from hybridzoo.kernels.fused.config import shared_memory
 from hybridzoo.kernels.state import ContentGate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,27 +38,37 @@ def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
             return f"{limit}, got K = {K} and V = {V}: use backend='torch'"
         if not 1 <= content.down.shape[1] <= MAX_RANK:
             return f"takes content ranks from 1 to {MAX_RANK}, got {content.down.shape[1]}: use backend='torch'"
-    return device_refusal(q.device.type, q.device.index)
+    return _device_refusal(q.device.type, q.device.index, shared_memory(K, V, content is not None, q.dtype))
 
 
 @torch.compiler.assume_constant_result
+def _device_refusal(kind: str, index: int | None, shared: int) -> str | None:
+    """Why a call that takes `shared` KiB of shared memory cannot run on such a device, or None."""
+    return _known_refusal(kind, index, shared)
+
+
 @functools.cache
-def device_refusal(kind: str, index: int | None) -> str | None:
-    """Why nothing on a device of this `kind` can run on Triton, or None."""
+def _known_refusal(kind: str, index: int | None, shared: int) -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"needs the package triton, which cannot be imported ({error}): use backend='torch'"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if kind == "cpu" and not interpreted:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if kind == "cpu":
         return (
             "needs tensors on a CUDA device, got cpu; to try it there, set TRITON_INTERPRET=1 before triton is imported"
         )
-    if kind not in ("cpu", "cuda", "meta"):
+    if kind not in ("cuda", "meta"):
         return f"needs tensors on a CUDA device, got {kind}: use backend='torch'"
-    if kind == "cuda" and not interpreted:
-        if torch.version.hip is not None:
-            return "is made for NVIDIA's GPUs: use backend='torch'"
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(index) < (8, 0):
-            return "needs a GPU of compute capability 8.0 or later: use backend='torch'"
+    if kind == "meta" or not torch.cuda.is_available():  # shapes are all that will be asked for
+        return None
+    if torch.version.hip is not None:
+        return "is made for NVIDIA's GPUs: use backend='torch'"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or later, got {capability}: use backend='torch'"
+    has = 227 if capability[0] in (9, 10) else 163 if capability in ((8, 0), (8, 7)) else 99
+    if shared > has:
+        return f"takes {shared} KiB of shared memory for these head sizes and dtype, this GPU has {has}: use bfloat16"
     return None

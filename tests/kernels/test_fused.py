@@ -1,0 +1,160 @@
+"""The Triton backend without a GPU: its kernels are right under Triton's interpreter, and compile within bounds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from hybridzoo.kernels import ContentGate, gated_delta_rule
+from hybridzoo.kernels.fused.config import shared_memory
+from hybridzoo.mixers import list_mixers
+
+pytest.importorskip("triton", reason="triton is not installed; its wheels are for Linux")
+
+import interpreted
+from compiled import planned, usage
+
+TOLERANCE = 1e-5
+# Where spills go: bytes of stack a thread may have, forward and backward. On Ampere a product's accumulators and
+# operands both live in registers; float32 and float16 operands take twice the room of bf16's.
+STACK = {"bf16": (512, 2560), "bf16 on Ampere": (2048, 10240), "4 bytes": (6144, 16384)}
+KIB = {80: 163, 90: 227, 100: 227}
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> dict[str, dict[str, Any]]:
+    return interpreted.run_apart()
+
+
+@pytest.mark.xdist_group("interpreter")
+@pytest.mark.parametrize("name", interpreted.CASES)
+def test_the_kernels_are_the_recurrence_forward_and_backward(interpreter: dict[str, Any], name: str) -> None:
+    found = interpreter["cases"][name]
+    assert isinstance(found, dict), found
+    wrong = {quantity: f"{error:.1e}" for quantity, error in found.items() if not error < TOLERANCE}
+    assert not wrong
+
+
+@pytest.mark.xdist_group("interpreter")
+@pytest.mark.parametrize("name", interpreted.CHECKS)
+def test_under_the_interpreter_it_holds_that(interpreter: dict[str, Any], name: str) -> None:
+    raised = interpreter["checks"][name]
+    assert raised is None, raised
+
+
+def _rows() -> dict[str, dict[str, Any]]:
+    """Each row of flags in the registry once, under the name of the first mixer that has it."""
+    rows: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+    for entry in list_mixers():
+        flags = {name: flag.default for name, flag in entry.flags.items()}
+        if flags:
+            rows.setdefault(tuple(flags.values()), (entry.name, flags))
+    return dict(rows.values())
+
+
+ROWS = _rows()
+SIZES = {"64": (64, 64), "128": (128, 128), "64x128": (64, 128), "256": (256, 256)}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+EVERY = [
+    (row, size, dtype, capability, packed)
+    for row in ROWS
+    for size in SIZES
+    if size != "256" or ROWS[row]["erase"] != "content"
+    for dtype in DTYPES
+    for capability in KIB
+    for packed in (False, True)
+]
+# What the suite compiles; the rest takes the better part of an hour, and is asked for by HYBRIDZOO_COMPILE=all.
+FEW = [
+    ("linear_attention", "64", "bf16", 90, False),
+    ("gla", "128", "bf16", 100, False),
+    ("gated_delta_net", "128", "bf16", 80, True),
+    ("kda", "64", "fp32", 90, False),
+    ("gdn2", "128", "bf16", 90, False),
+    ("carve", "64", "bf16", 100, True),
+    ("carve", "128", "bf16", 90, False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row, size, dtype, capability, packed",
+    EVERY if os.environ.get("HYBRIDZOO_COMPILE") == "all" else FEW,
+    ids=lambda value: "packed" if value is True else "even" if value is False else str(value),
+)
+def test_a_shipped_configuration_compiles_within_its_bounds(
+    row: str, size: str, dtype: str, capability: int, packed: bool
+) -> None:
+    (K, V), content = SIZES[size], ROWS[row]["erase"] == "content"
+    most = shared_memory(K, V, content, DTYPES[dtype])
+    if most > KIB[capability]:
+        pytest.skip(f"refused: {most} KiB of shared memory, of {KIB[capability]}")
+    kind = "4 bytes" if dtype != "bf16" else "bf16 on Ampere" if capability == 80 else "bf16"
+    for launch, stack in zip(planned(ROWS[row], K, V, DTYPES[dtype], packed), STACK[kind], strict=True):
+        takes = usage(launch, capability)
+        assert takes.shared <= most * 1024, takes
+        assert takes.stack <= stack, takes
+        # 32 registers and kilobytes of stack are what ptxas leaves when it gives up.
+        assert takes.registers > 32, takes
+
+
+def _call(K: int = 16, V: int = 16, dtype: torch.dtype = torch.float32, chunk: int = 0, r: int = 2) -> dict[str, Any]:
+    q, v = torch.zeros(1, 5, 1, K, dtype=dtype), torch.zeros(1, 5, 1, V, dtype=dtype)
+    if not chunk:
+        return {"q": q, "k": q, "v": v}
+    pair = ContentGate(torch.zeros(1, r, V), torch.zeros(1, K, r), chunk)
+    return {"q": q, "k": q, "v": v, "erase_logits": q, "content": pair}
+
+
+REFUSED = [
+    (_call(), "needs tensors on a CUDA device, got cpu; to try it there, set TRITON_INTERPRET=1"),
+    (_call(dtype=torch.float64), "takes bfloat16, float16 and float32, got torch.float64"),
+    (_call(K=24), "takes head sizes that are multiples of 16 up to 256, got K = 24 and V = 16"),
+    (_call(V=272), "got K = 16 and V = 272"),
+    (_call(chunk=24), "takes content chunks that are multiples of 16, got 24"),
+    (_call(V=144, chunk=16), "takes head sizes up to 128 with a content gate, got K = 16 and V = 144"),
+    (_call(chunk=16, r=65), "takes content ranks from 1 to 64, got 65"),
+]
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set, so tensors of the CPU are taken")
+@pytest.mark.parametrize("arguments, message", REFUSED, ids=[message for _, message in REFUSED])
+def test_what_it_cannot_do_is_an_error_by_name_and_pytorch_by_default(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"backend='triton' ") as refused:
+        gated_delta_rule(**arguments, backend="triton")
+    assert message in str(refused.value)
+    assert torch.equal(gated_delta_rule(**arguments)[0], gated_delta_rule(**arguments, backend="torch")[0])
+
+
+def test_a_machine_without_triton_runs_everything_else() -> None:
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None  # an import of it fails
+        import torch
+        from hybridzoo.kernels import gated_delta_rule
+        x = torch.ones(1, 3, 1, 16, requires_grad=True)
+        gated_delta_rule(x, x, x)[0].sum().backward()
+        try:
+            gated_delta_rule(x, x, x, backend="triton")
+        except ValueError as error:
+            print(error)
+    """
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "backend='triton' needs the package triton, which cannot be imported" in out
+
+
+def test_the_operators_come_with_a_formula_for_their_flops() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.empty(1, 64, 2, 16, device="meta", requires_grad=True)
+    counts = []
+    for backend in ("triton", "torch"):
+        with FlopCounterMode(display=False) as counter:
+            gated_delta_rule(x, x, x, backend=backend)[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
