@@ -6,13 +6,15 @@ Every seed is drawn, not only means; the same stack has the same look in all of 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
 from hybridzoo.studies.style import INK, SOFT, Look, legend_below, looks
 from hybridzoo.studies.tasks import Shown
-from hybridzoo.training.units import count, size
+from hybridzoo.training.units import size
+
+LOW = 1 / 3  # where every percentage is below this, an axis up to 100 % would make them one flat band
 
 
 def draw_all(findings: Findings) -> dict[str, Any]:
@@ -61,14 +63,21 @@ def _every_cell(findings: Findings, tasks: Sequence[str]) -> list[Cell]:
     return [found[stack.label] for stack in findings.plan.stacks if stack.label in found]
 
 
-def _value_axis(axes: Any, shown: Shown) -> None:
+def _value_axis(axes: Any, shown: Shown, values: Iterable[float]) -> None:
+    """Name and scale the axis of scores: percentages to 100 or, where all `values` are low, to a little above them."""
     from matplotlib.ticker import PercentFormatter
 
     better = "higher is better" if shown.maximise else "lower is better"
     axes.set_ylabel(f"{shown.label} ({better})")
     if shown.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(-0.03, 1.05)
+        highest = max([*values, shown.chance or 0.0])
+        top = 1.0 if highest >= LOW or highest <= 0 else 1.1 * highest
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top == 1 else None))
+        axes.set_ylim(-0.03 * top, 1.05 * top)
+
+
+def _scores(cells: Sequence[Cell]) -> list[float]:
+    return [score for cell in cells for score in cell.scores]
 
 
 def _chance(axes: Any, shown: Shown) -> None:
@@ -79,9 +88,10 @@ def _chance(axes: Any, shown: Shown) -> None:
         "guessing",
         (1, shown.chance),
         xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
+        xytext=(3, 0),  # right of the axes, where no mark can be
         textcoords="offset points",
-        ha="right",
+        va="center",
+        annotation_clip=False,
         fontsize=8,
         color=SOFT,
     )
@@ -114,7 +124,7 @@ def ratio_curve(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]
         axes.set_xlabel("share of mixers that are softmax attention")
         axes.set_xlim(-0.06, 1.06)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _value_axis(axes, shown)
+        _value_axis(axes, shown, _scores(findings.of(task)))
         _chance(axes, shown)
     legend_below(figure, _handles(_every_cell(findings, tasks), drawn))
     return figure
@@ -164,7 +174,8 @@ def level_curve(findings: Findings, task: str, drawn: dict[str, Look]) -> Any:
     axes.set_xticklabels([str(level) for level in levels])
     axes.set_xlabel(shown.level_axis)
     axes.set_title(task)
-    _value_axis(axes, shown)
+    reached = [value for cell in findings.of(task) for _, metric in shown.levels for value in cell.level(metric)]
+    _value_axis(axes, shown, reached)
     axes.set_ylabel("recall (higher is better)" if shown.percent else axes.get_ylabel())
     _chance(axes, shown)
     legend_below(figure, _handles(findings.of(task), drawn, line=True), columns=3)
@@ -193,7 +204,7 @@ def frontier(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]) -
         axes.xaxis.set_major_locator(LogLocator(base=4 if high / low < 2**14 else 16))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _value_axis(axes, shown)
+        _value_axis(axes, shown, _scores(cells))
         _chance(axes, shown)
     legend_below(figure, [*_handles(_every_cell(findings, tasks), drawn), _frontier_handle()])
     return figure
@@ -225,7 +236,7 @@ def learning_curves(findings: Findings, task: str, drawn: dict[str, Look]) -> An
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(cells))
         axes.tick_params(axis="x", labelbottom=place + columns >= len(cells))  # the lowest that is seen in its column
-    _value_axis(grid[0][0], shown)
+    _value_axis(grid[0][0], shown, [value for _, values in curves.values() for one in values for value in one])
     if not shown.percent:
         # The first evaluations would squeeze what matters into the bottom.
         late = [value for steps, values in curves.values() for one in values for value in one[len(one) // 5 :]]
@@ -242,7 +253,7 @@ def learning_curves(findings: Findings, task: str, drawn: dict[str, Look]) -> An
 
 def parameter_counts(findings: Findings, drawn: dict[str, Look]) -> Any:
     """Draw every stack's parameters on its first task, and the band that the study holds them in."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     plan = findings.plan
     task = min(plan.shown, key=lambda name: plan.stacks[0].parameters[name])  # where the budget was met
@@ -273,7 +284,8 @@ def parameter_counts(findings: Findings, drawn: dict[str, Look]) -> Any:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_ylim(-0.6, len(stacks) - 0.4)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    axes.locator_params(axis="x", nbins=5)
+    # Ticks lie close together, so their labels are exact: rounded ones would say the same, or what is not so.
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel(f"parameters on {task}" + (" (band: the tolerance)" if plan.target is not None else ""))
     return figure

@@ -106,12 +106,12 @@ def styled() -> Iterator[None]:
 
 
 def legend_below(figure: Any, handles: Iterable[Any], columns: int = 4) -> None:
-    """Put one legend for the whole figure below its axes, where it covers nothing."""
+    """Put one legend for the whole figure below its axes, in as many of `columns` as its width holds."""
     handles = list(handles)
-    figure.legend(
-        handles=handles,
-        loc="outside lower left",
-        ncols=min(columns, max(1, len(handles))),
-        handletextpad=0.5,
-        columnspacing=1.6,
-    )
+    for number in range(min(columns, max(1, len(handles))), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside lower left", ncols=number, handletextpad=0.5, columnspacing=1.6
+        )
+        if number == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
