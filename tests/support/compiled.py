@@ -57,8 +57,7 @@ def planned(
         return empty(*shape, dtype=torch.float32)
 
     def gate(flag: str, dim: int) -> torch.Tensor | None:
-        value = {"tied": "scalar"}.get(flags[flag], flags[flag])
-        return {"scalar": empty(B, T, heads), "channel": empty(B, T, heads, dim)}.get(value)
+        return {"scalar": empty(B, T, heads), "channel": empty(B, T, heads, dim)}.get(flags[flag])
 
     content = flags["erase"] == "content"
     tail = V if content else 0

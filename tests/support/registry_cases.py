@@ -45,3 +45,16 @@ def _is_stable(text: str, name: str) -> bool:
         if "triangular solve for each value channel" in str(refused):  # the one pair of flags that the design refuses
             return False
         raise
+
+
+def flag_rows() -> dict[str, dict[str, Any]]:
+    """Each row of gate flags once, under the name of the first mixer that has it, as `gated_delta_rule` takes them."""
+    rows: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+    for entry in list_mixers():
+        if entry.flags:
+            flags = {name: flag.default for name, flag in entry.flags.items()}
+            flags.setdefault("predict", "decayed")  # of no matter without a correction
+            if flags["correct"] == "tied":  # a mixer passes one tensor twice
+                flags["correct"] = flags["write"] if flags["write"] != "one" else "scalar"
+            rows.setdefault(tuple(flags.values()), (entry.name, flags))
+    return dict(rows.values())

@@ -1,0 +1,130 @@
+"""The Triton backend on the GPU itself, against the float64 `torch` backend: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from delta_problems import Problem, make_problem, relative_error
+from registry_cases import flag_rows
+
+from hybridzoo.kernels import DeltaState, gated_delta_rule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+# Output and states, gradients.
+TOLERANCES = {torch.bfloat16: (6e-3, 1.5e-2), torch.float16: (2e-3, 4e-3), torch.float32: (1e-5, 1e-5)}
+SHAPES: dict[str, dict[str, Any]] = {
+    "64, odd length": {"T": 197, "K": 64, "V": 64, "H": 2},
+    "128, packed": {"lengths": [3, 0, 70, 127, 64], "K": 128, "V": 128, "H": 1, "group": 2},
+    "128 x 64, strong decays": {"T": 130, "K": 128, "V": 64, "strength": 50.0},
+    "96 x 48": {"T": 130, "K": 96, "V": 48},
+}
+
+
+ROWS = flag_rows()
+
+
+def on_gpu(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The problem, rounded to `dtype`, on the GPU."""
+    rounded = problem.to(dtype)
+    state = None if rounded.state is None else DeltaState(*(x.cuda() for x in rounded.state))
+    options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in rounded.options.items()}
+    return Problem({n: x.cuda() for n, x in rounded.tensors.items()}, state, rounded.chunk, options)
+
+
+@pytest.fixture
+def poisoned() -> Any:
+    """Fresh memory holds NaN, so that whatever a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
+def test_every_row_of_flags_is_the_recurrence_forward_and_backward(row: str, shape: str, dtype: torch.dtype) -> None:
+    case = on_gpu(make_problem(**ROWS[row], **SHAPES[shape]), dtype)
+    found = _results(case, "triton", dtype)
+    truth = _results(case.to(torch.float64), "torch", dtype)
+    wrong = {}
+    for name, expected in truth.items():
+        limit = TOLERANCES[dtype][name.startswith("d_")]
+        error = relative_error(found[name], expected, truth["d_v"] if name.startswith("d_") else None)
+        if not error < limit:
+            wrong[name] = f"{error:.1e}"
+    assert not wrong
+
+
+def _results(case: Problem, backend: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Output, final state and gradients of a fixed loss, whose weights are numbers of `dtype` on every backend."""
+    leaves = {n: x.detach().clone().requires_grad_() for n, x in case.tensors.items()}
+    state = DeltaState(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in case.state))
+    o, end = case.call(backend, leaves, state)
+    ends = {"o": o, "S": end.S, "o_sum": end.o_sum, "o_mean": end.o_mean}
+    seed = torch.Generator().manual_seed(1)
+    weights = {n: torch.randn(x.shape, generator=seed).to(x.device, dtype).to(x.dtype) for n, x in ends.items()}
+    torch.autograd.backward([x for x in ends.values() if x.numel()], [w for w in weights.values() if w.numel()])
+    found = {n: x.detach() for n, x in ends.items()} | {f"d_{n}": x.grad for n, x in leaves.items()}
+    found |= {f"d_state.{n}": x.grad for n, x in zip(state._fields, state, strict=True) if x.requires_grad}
+    return {n: x for n, x in found.items() if x is not None and x.numel()}
+
+
+@pytest.mark.parametrize("row", ["gdn2", "carve"])
+def test_two_runs_give_the_same_bits(row: str) -> None:
+    case = on_gpu(make_problem(**ROWS[row], T=300, K=64, V=64, H=2), torch.bfloat16)
+    first, second = (_results(case, "triton") for _ in range(2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def test_it_is_what_a_gpu_gets_by_default_where_it_can() -> None:
+    case = on_gpu(make_problem(T=40, K=64, V=64), torch.float32)
+    assert torch.equal(case.call("auto")[0], case.call("triton")[0])
+    double = case.to(torch.float64)
+    assert torch.equal(double.call("auto")[0], double.call("torch")[0])
+    with pytest.raises(ValueError, match=r"got torch\.float64: use backend='torch'"):
+        double.call("triton")
+
+
+def test_the_operator_passes_torch_librarys_own_checks() -> None:
+    from hybridzoo.kernels.fused import op
+
+    case = on_gpu(make_problem(T=48, K=32, V=32), torch.float32)
+    t = {n: x.requires_grad_() for n, x in case.tensors.items()}
+    names = ("q", "k", "v", "log_decay", "erase_logits", "down", "up", "correct", "write")
+    arguments = (*(t.get(n) for n in names), *case.state, None, False, 0.5, 0, True)
+    torch.library.opcheck(op._forward_op, arguments)
+
+
+def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
+    case = on_gpu(make_problem(erase="content", predict="stored", T=100, K=32, V=32), torch.bfloat16)
+    compiled = torch.compile(case.call, fullgraph=True)
+    for x, y in zip(compiled("triton")[1], case.call("triton")[1], strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]ynchronization debug mode:UserWarning")
+def test_nothing_waits_for_the_device() -> None:
+    case = on_gpu(make_problem(erase="content", predict="stored", lengths=[30, 0, 41], K=32, V=32), torch.bfloat16)
+    _results(case, "triton")  # compiled by now
+    leaves = {n: x.requires_grad_() for n, x in case.tensors.items()}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.call("triton", leaves)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_heads_than_the_second_axis_of_a_grid_holds() -> None:
+    x = torch.randn(70_000, 1, 1, 16, device="cuda", dtype=torch.bfloat16)
+    o, _ = gated_delta_rule(x, x, x, backend="triton")
+    expected = x.float() * (x.float() * x.float()).sum(-1, keepdim=True) / 4
+    assert relative_error(o, expected) < 6e-3
