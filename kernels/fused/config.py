@@ -46,4 +46,4 @@ def shared_memory(K: int, V: int, content: bool, dtype: torch.dtype) -> int:
     if dtype == torch.bfloat16:
         return 80
     state = power(K) * configs(K, V, content, dtype)[1].block_v
-    return 72 if state <= 64 * 64 else 140 if state <= 128 * 64 else 200
+    return 72 if state <= 64 * 64 else 160 if state <= 128 * 64 else 200
