@@ -50,10 +50,11 @@ def load_spec(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = (
     Raises: `SpecError` that names the file (or override), the key, what was given and the nearest valid choice. Loading
     never runs code, and refuses files that would expand without bound. `TypeError` for what is no name or path.
     """
-    if not isinstance(name_or_path, str | os.PathLike):
-        hint = "; Spec.from_dict(...) reads a mapping" if isinstance(name_or_path, Mapping) else ""
-        raise TypeError(f"expected a spec's name or path, got {type(name_or_path).__name__}{hint}")
-    return _resolved(_chain(*_find(os.fspath(name_or_path)), opened=[]), overrides)
+    given: Any = name_or_path
+    if not isinstance(given, str | os.PathLike):
+        hint = "; Spec.from_dict(...) reads a mapping" if isinstance(given, Mapping) else ""
+        raise TypeError(f"expected a spec's name or path, got {type(given).__name__}{hint}")
+    return _resolved(_chain(*_find(os.fspath(given)), opened=[]), overrides)
 
 
 def spec_from(
