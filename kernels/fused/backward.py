@@ -18,8 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.forward import exclusive, log_decay_tile
-from hybridzoo.kernels.fused.tile import load, load1, masks, middles, mm, row
+from hybridzoo.kernels.fused.tile import exclusive, load, load1, log_decay, masks, middles, mm, row, store
 
 
 @triton.jit
@@ -71,13 +70,6 @@ def pair_gradients(dM, x, Gx, k, G, MODE: tl.constexpr):
         dx = mm(near, k * kn, MODE) * xn + mm(far, k * kf, MODE) * xf
         dk = mm(tl.trans(near), x * xn, MODE) * kn + mm(tl.trans(far), x * xf, MODE) * kf
         return dx, dk
-
-
-@triton.jit
-def store(ptr, value, pos, head, heads, dim, cols, rows_ok, cols_ok):
-    """The inverse of `load`."""
-    at = ptr + (pos[:, None].to(tl.int64) * heads + head) * dim + cols[None, :]
-    tl.store(at, value, mask=rows_ok[:, None] & cols_ok[None, :])
 
 
 @triton.jit
@@ -200,13 +192,13 @@ def backward_kernel(
                 N = vt * load(w, pos, hv, HV, V, vc, ok, v_ok)
 
         if DECAY > 0 or ERASE:
-            log_D, logit = log_decay_tile(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, BK, FLOOR)
+            log_D, logit = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, 16, BK)
         else:
             log_D = tl.zeros((16,), tl.float32)
         G = tl.cumsum(log_D, 0)
         Gx = G
         if STORED and CORRECT > 0:
-            Gx = exclusive(G, log_D)
+            Gx = exclusive(G, log_D, "ieee", 16)
         if DECAY == 2 or ERASE:
             last = row(G, 15)[None, :]
             total = tl.exp(row(G, 15))[:, None]

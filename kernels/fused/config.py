@@ -8,9 +8,11 @@ Shapes: K key dim, V value dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from hybridzoo.kernels.recurrence_op import Call
 
 
 class Config(NamedTuple):
@@ -47,3 +49,53 @@ def shared_memory(K: int, V: int, content: bool, dtype: torch.dtype) -> int:
         return 80
     state = power(K) * configs(K, V, content, dtype)[1].block_v
     return 72 if state <= 64 * 64 else 160 if state <= 128 * 64 else 200
+
+
+class StagedConfig(NamedTuple):
+    """How the staged kernels are cut: tokens of a block, channels at a time, and warps."""
+
+    block: int
+    prepare_k: int
+    prepare_warps: int
+    scan_v: int  # value channels of a program of the two scans
+    scan_warps: int
+    scan_stages: int
+    value_k: int
+    value_v: int
+    value_warps: int
+    key_k: int
+    key_warps: int
+
+    def options(self, warps: int, stages: int = 1) -> dict[str, Any]:
+        """What a kernel's launch says to the compiler."""
+        registers = Config(0, warps, stages).registers
+        return {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": True}
+
+
+def staged_config(call: Call, save: bool) -> StagedConfig:
+    """The staged kernels' cut: from head sizes, the dtype, whether states are kept, and how far heads fill a GPU.
+
+    Beside bf16 products blocks are of 32 tokens where states are kept, which halves what is kept; 16 are faster to
+    prepare, and in float32 the sums of decays stay short. Value channels are cut until the scans have a program for
+    each of some 128 multiprocessors; three cuts are all that a new batch can compile.
+    """
+    K, V = power(call.q.shape[3]), power(call.v.shape[3])
+    narrow = call.q.dtype == torch.bfloat16
+    heads = call.S.shape[0] * call.v.shape[2]
+    block = 32 if narrow and (save or heads < 64) else 16  # few heads: the scan is what takes long
+    scan_v = min(V, 64 if narrow else 32, max(16, 64 * 128 // K))
+    while scan_v > 16 and heads * (V // scan_v) < 128:
+        scan_v //= 2
+    return StagedConfig(
+        block=block,
+        prepare_k=min(K, V, 32),
+        prepare_warps=1 if narrow and block == 16 else 2,
+        scan_v=scan_v,
+        scan_warps=4,
+        scan_stages=(2 if block == 32 else 3) if narrow else 1,
+        value_k=min(K, 64 if narrow else 32),
+        value_v=min(V, (128 if block == 32 else 64) if narrow else 32),
+        value_warps=4,
+        key_k=min(K, 16 if block == 32 else 32),
+        key_warps=2,
+    )

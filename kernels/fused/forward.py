@@ -9,38 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import inverse, load, load1, masks, middles, mm, row, softplus
-
-
-@triton.jit
-def log_decay_tile(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY: tl.constexpr, ERASE: tl.constexpr,
-                   BK: tl.constexpr, FLOOR: tl.constexpr):  # fmt: skip
-    """`log D [C, BK]` (channel decay, or any erase) or `[C]`; and the erase logits with the readout."""
-    logit = tl.zeros((16, BK), tl.float32)
-    if DECAY == 2:
-        x = load(g, pos, hv, HV, K, kc, ok, k_ok)
-    elif DECAY == 1:
-        x = load1(g, pos, hv, HV, ok)
-    else:
-        x = tl.zeros((16,), tl.float32)
-    if ERASE:
-        logit = load(z, pos, hv, HV, K, kc, ok, k_ok) + u[None, :]
-        if DECAY != 2:
-            x = x[:, None]
-        x = tl.where(ok[:, None] & k_ok[None, :], x - softplus(logit), 0.0)
-    return tl.maximum(x, FLOOR), logit
-
-
-@triton.jit
-def exclusive(G, log_D):
-    """The running sum without the token itself, as a sum of its own and never a difference."""
-    if len(G.shape) == 2:
-        i = tl.arange(0, 16)
-        shifted = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-        return tl.dot(shifted, log_D, input_precision="ieee")
-    else:
-        i = tl.arange(0, 16)
-        return tl.sum(tl.where(i[:, None] > i[None, :], log_D[None, :], 0.0), 1)
+from hybridzoo.kernels.fused.tile import exclusive, inverse, load, load1, log_decay, masks, middles, mm, row
 
 
 @triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
@@ -116,11 +85,11 @@ def forward_kernel(
             ek = kt * load(e, pos, hv, HV, K, kc, ok, k_ok)
 
         if DECAY == 2 or ERASE:
-            log_D, _ = log_decay_tile(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, BK, FLOOR)
+            log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, 16, BK)
             G = tl.cumsum(log_D, 0)
             Gx = G
             if STORED and CORRECT > 0:
-                Gx = exclusive(G, log_D)
+                Gx = exclusive(G, log_D, EXACT, 16)
             last = row(G, 15)[None, :]
             middle, half = middles(G)
             k_half, q_half = kt * tl.exp(half - G), qt * tl.exp(G - half)
@@ -136,11 +105,11 @@ def forward_kernel(
             kt = kt * tl.exp(last - G)
             total = tl.exp(row(G, 15))[:, None]
         elif DECAY == 1:
-            log_D, _ = log_decay_tile(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, BK, FLOOR)
+            log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, 16, BK)
             G = tl.cumsum(log_D, 0)
             Gx = G
             if STORED and CORRECT > 0:
-                Gx = exclusive(G, log_D)
+                Gx = exclusive(G, log_D, EXACT, 16)
             last = tl.sum(log_D, 0)
             P = mm(qt, tl.trans(kt), MODE) * tl.exp(tl.minimum(G[:, None] - G[None, :], 0.0))
             if CORRECT > 0:
@@ -156,7 +125,7 @@ def forward_kernel(
 
         N = vt
         if CORRECT > 0:
-            X = inverse(tl.where(below, A, 0.0), EXACT)
+            X = inverse(tl.where(below, A, 0.0), EXACT, EXACT, 16)
             N = mm(X, vt - mm(ek, S, MODE), MODE)
         out = mm(qt, S, MODE) + mm(tl.where(lower, P, 0.0), N, MODE)
         tl.store(o + (pos[:, None].to(tl.int64) * HV + hv) * V + vc[None, :], out, mask=ok[:, None] & v_ok[None, :])

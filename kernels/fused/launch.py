@@ -1,7 +1,8 @@
-"""The host's side of the Triton kernels: buffers, grids and arguments. Nothing here waits for the device.
+"""What both ways of running the Triton kernels start with: a launch, its constants, and a call as kernels read it.
 
-Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
-N sequences, P parts that a gradient is summed of.
+Nothing here, nor in single_pass.py and staged.py, waits for the device.
+
+Shapes: B batch, T time, P parts that a gradient is summed of.
 """
 
 from __future__ import annotations
@@ -10,14 +11,9 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts
-from hybridzoo.kernels.fused.backward import backward_kernel
-from hybridzoo.kernels.fused.config import Config, configs, power
-from hybridzoo.kernels.fused.forward import forward_kernel
-from hybridzoo.kernels.fused.room import chunk_starts
 from hybridzoo.kernels.recurrence_op import Call
 
 # The least log-decay of a token and key channel; below it the gradient is zero. exp(-20) is 2e-9.
@@ -47,166 +43,12 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
-def forward(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward kernel: o, S, o_sum and o_mean, and with `save` a full `room`."""
-    _check_values(call)
-    call = _contiguous(call)
-    results = tuple(torch.empty_like(x) for x in (call.v, call.S, call.o_sum, call.o_mean))
-    forward_launch(call, room, save, results).start(call.q.device)
-    return results  # type: ignore[return-value]
-
-
-def forward_launch(call: Call, room: list[Tensor], save: bool, results: tuple[Tensor, ...]) -> Launch:
-    """The forward kernel on a contiguous `call`, writing `results`."""
-    K, V = call.q.shape[3], call.v.shape[3]
-    o, S1, sum1, mean1 = results
-    states, news, inverses, means = room
-    config = configs(K, V, call.chunk > 0, call.q.dtype)[0]
-    arguments = {
-        **_inputs(call),
-        "S0": call.S,
-        "sum0": call.o_sum,
-        "mean0": call.o_mean,
-        "o": o,
-        "S1": S1,
-        "sum1": sum1,
-        "mean1": mean1,
-        "states": states,
-        "news": news,
-        "inverses": inverses,
-        "means": means,
-        **_sizes(call),
-    }
-    constants = {**_constants(call, config), "SAVE": save, "EXACT": MODES[call.q.dtype][1]}
-    return _launch(forward_kernel, call, config, arguments, constants)
-
-
-def backward(call: Call, room: list[Tensor], d_results: list[Tensor | None]) -> list[Tensor | None]:
-    """Run the backward kernel: gradients of the first twelve fields of `call`, None for a gate that is off."""
-    given, call = call, _contiguous(call)
-    ends = (call.v, call.S, call.o_sum, call.o_mean)
-    d_results_full = [
-        torch.zeros_like(x) if d is None else d.contiguous() for d, x in zip(d_results, ends, strict=True)
-    ]
-    launch, buffers = backward_launch(call, room, d_results_full)
-    launch.start(call.q.device)
-    d_down = d_up = None
-    if call.down is not None and call.up is not None and given.down is not None and given.up is not None:
-        d_down, d_up = _content_gradients(call.down, call.up, room[3], buffers["du_out"])
-        d_down, d_up = d_down.to(given.down.dtype), d_up.to(given.up.dtype)
-    group = call.v.shape[2] // call.q.shape[2]
-    return [
-        _joined(buffers["dq"], call.q, group),
-        _joined(buffers["dk"], call.k, group),
-        buffers["dv"],
-        _joined(buffers["dg"], call.log_decay),
-        _joined(buffers["dz"], call.erase_logits),
-        d_down,
-        d_up,
-        _joined(buffers["de"], call.correct),
-        _joined(buffers["dw"], call.write),
-        buffers["dS0"],
-        buffers["dsum0"],
-        buffers["dmean0"],
-    ]
-
-
-def backward_launch(call: Call, room: list[Tensor], d_results: list[Tensor]) -> tuple[Launch, dict[str, Any]]:
-    """The backward kernel on a contiguous `call`, and the buffers it writes, gradients of several parts still apart."""
-    (B, T, _, K), (HV, V) = call.q.shape, call.v.shape[2:]
-    config = configs(K, V, call.chunk > 0, call.q.dtype)[1]
-    parts = triton.cdiv(V, config.block_v)
-    d_o, d_S, d_sum, d_mean = d_results
-
-    def partial(x: Tensor | None, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor | None:
-        if x is None:
-            return None
-        shape = x.shape if shape is None else shape
-        whole = parts == 1 and tuple(shape) == tuple(x.shape)
-        return x.new_empty(parts, *shape, dtype=x.dtype if whole else torch.float32)
-
-    buffers = {
-        "dq": partial(call.q, (B, T, HV, K)),
-        "dk": partial(call.k, (B, T, HV, K)),
-        "dv": torch.empty_like(call.v),
-        "dg": partial(call.log_decay),
-        "dz": partial(call.erase_logits),
-        "de": partial(call.correct),
-        # A write gate of one number a value channel has its gradient in that channel's own program.
-        "dw": call.write.new_empty(1, *call.write.shape) if _kind(call.write) == 2 else partial(call.write),  # type: ignore[union-attr]
-        "dS0": torch.empty_like(call.S),
-        "dsum0": torch.empty_like(call.o_sum),
-        "dmean0": torch.empty_like(call.o_mean),
-        "du_out": room[3].new_zeros(*room[3].shape[:2], K) if call.chunk else None,
-    }
-    arguments = {
-        **_inputs(call),
-        **dict(zip(("states", "news", "inverses", "means"), room, strict=True)),
-        "do": d_o,
-        "dS1": d_S,
-        "dsum1": d_sum,
-        "dmean1": d_mean,
-        **buffers,
-        **_sizes(call),
-        "tokens": B * T,
-    }
-    return _launch(backward_kernel, call, config, arguments, _constants(call, config)), buffers
-
-
-def _launch(kernel: Any, call: Call, config: Config, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
-    blocks = triton.cdiv(call.v.shape[3], config.block_v)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.registers}
-    return Launch(kernel, (call.S.shape[0] * call.v.shape[2], blocks), arguments, constants, options)
-
-
-def _inputs(call: Call) -> dict[str, Any]:
-    return {
-        "q": call.q,
-        "k": call.k,
-        "v": call.v,
-        "g": call.log_decay,
-        "z": call.erase_logits,
-        "e": call.correct,
-        "w": call.write,
-        "down": call.down,
-        "up": call.up,
-        "count0": call.count,
-        "cu": call.cu_seqlens,
-        "chunk_at": chunk_starts(call) if call.chunk else None,
-    }
-
-
-def _sizes(call: Call) -> dict[str, Any]:
-    (_, T, H, K), (HV, V) = call.q.shape, call.v.shape[2:]
-    return {"T": T, "scale": float(call.scale), "H": H, "HV": HV, "K": K, "V": V}
-
-
-def _constants(call: Call, config: Config) -> dict[str, Any]:
-    """What the compiler knows: block sizes, the flags, and the precision of products."""
-    rank = 1 if call.down is None else call.down.shape[1]
-    return {
-        "BK": power(call.q.shape[3]),
-        "BV": config.block_v,
-        "BR": power(rank),
-        "RANK": rank,
-        "DECAY": _kind(call.log_decay),
-        "ERASE": call.erase_logits is not None,
-        "CORRECT": _kind(call.correct),
-        "WRITE": _kind(call.write),
-        "STORED": call.stored,
-        "CONTENT": call.chunk,
-        "VARLEN": call.cu_seqlens is not None,
-        "MODE": MODES[call.q.dtype][0],
-        "FLOOR": FLOOR,
-    }
-
-
-def _kind(gate: Tensor | None) -> int:
+def kind(gate: Tensor | None) -> int:
     """0: no gate; 1: one value a head; 2: one a channel."""
     return 0 if gate is None else gate.ndim - 2
 
 
-def _contiguous(call: Call) -> Call:
+def contiguous(call: Call) -> Call:
     """The call as the kernels read it: dense tensors, and the content pair in float32."""
     dense = [None if x is None else x.contiguous() for x in call[:14]]
     call = Call(*dense, *call[14:])  # type: ignore[arg-type, call-arg]
@@ -215,7 +57,7 @@ def _contiguous(call: Call) -> Call:
     return call._replace(down=call.down.float(), up=call.up.float())
 
 
-def _check_values(call: Call) -> None:
+def check_values(call: Call) -> None:
     """Refuse wrong counts and bounds where they lie in host memory; elsewhere reading them would stop the host."""
     if call.q.device.type != "cpu":
         return
@@ -225,17 +67,10 @@ def _check_values(call: Call) -> None:
         check_bounds(call.cu_seqlens.tolist(), call.q.shape[1])
 
 
-def _joined(d: Tensor | None, like: Tensor | None, group: int = 1) -> Tensor | None:
+def joined(d: Tensor | None, like: Tensor | None, group: int = 1) -> Tensor | None:
     """Sum a gradient `[P, B, T, heads, ...]` over its parts, and over the value heads that share a key head."""
     if d is None or like is None:
         return None
     if group > 1:
         return d.unflatten(3, (-1, group)).sum((0, 4)).to(like.dtype)
     return d[0] if d.shape[0] == 1 else d.sum(0).to(like.dtype)
-
-
-def _content_gradients(down: Tensor, up: Tensor, means: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the content pair, given `u`'s `[chunks, HV, K]` and the means `[chunks, HV, V]` it was read from."""
-    hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", down, means))
-    d_hidden = torch.einsum("hkr,nhk->nhr", up, du) * (1 - hidden * hidden)
-    return torch.einsum("nhr,nhv->hrv", d_hidden, means), torch.einsum("nhk,nhr->hkr", du, hidden)

@@ -1,8 +1,8 @@
-"""What the Triton kernels do inside one tile of 16 tokens: decays, products of pairs, the unit-triangular inverse.
+"""What the Triton kernels do inside a tile of tokens: loads and stores, decays, the unit-triangular inverse.
 
 Device functions only. Every name in capitals is a `constexpr`.
 
-Shapes: C = 16 slots in a tile, K key dim, V value dim.
+Shapes: C slots in a tile (16; 32 where blocks.py says so), K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ def load(ptr, pos, head, heads, dim, cols, rows_ok, cols_ok):
 
 
 @triton.jit
+def store(ptr, value, pos, head, heads, dim, cols, rows_ok, cols_ok):
+    """Put `value [C, cols]` at `x[pos, head, cols]`."""
+    at = ptr + (pos[:, None].to(tl.int64) * heads + head) * dim + cols[None, :]
+    tl.store(at, value, mask=rows_ok[:, None] & cols_ok[None, :])
+
+
+@triton.jit
 def load1(ptr, pos, head, heads, rows_ok):
     """`x[pos, head]` of a contiguous `[tokens, heads]` as float32 `[C]`, 0 outside."""
     return tl.load(ptr + pos.to(tl.int64) * heads + head, mask=rows_ok, other=0.0).to(tl.float32)
@@ -49,17 +56,65 @@ def softplus(x):
 
 
 @triton.jit
-def inverse(A, MODE: tl.constexpr):
-    """`(I + A)^-1` for strictly lower `A [16, 16]`: blocks of 4 at once, then doubled twice."""
-    i = tl.arange(0, 16)
+def exponential(x, MODE: tl.constexpr):
+    """`exp(x)`; beside bf16 products without the care for results below 1e-38 that `tl.exp` takes."""
+    if MODE == "bf16":
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def inverse(A, MODE: tl.constexpr, MERGE: tl.constexpr, C: tl.constexpr):
+    """`(I + A)^-1` for strictly lower `A [C, C]`: blocks of 4 at once, then doubled; past 16 in precision MERGE."""
+    i = tl.arange(0, C)
     r, c = i[:, None], i[None, :]
     eye = tl.where(r == c, 1.0, 0.0)
     D = tl.where((r // 4) == (c // 4), A, 0.0)
     X = mm(eye - D, eye + mm(D, D, MODE), MODE)
     B = tl.where(((r // 8) == (c // 8)) & ((r // 4) != (c // 4)), A, 0.0)
     X = X - mm(mm(X, B, MODE), X, MODE)
-    B = tl.where((r // 8) != (c // 8), A, 0.0)
-    return X - mm(mm(X, B, MODE), X, MODE)
+    B = tl.where(((r // 16) == (c // 16)) & ((r // 8) != (c // 8)), A, 0.0)
+    X = X - mm(mm(X, B, MODE), X, MODE)
+    if C >= 32:
+        B = tl.where(((r // 32) == (c // 32)) & ((r // 16) != (c // 16)), A, 0.0)
+        X = X - mm(mm(X, B, MERGE), X, MERGE)
+    return X
+
+
+@triton.jit
+def log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY: tl.constexpr, ERASE: tl.constexpr, FLOOR: tl.constexpr,
+              C: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """`log D [C, BK]` (channel decay, or any erase) or `[C]`; and the erase logits with the readout."""
+    logit = tl.zeros((C, BK), tl.float32)
+    if DECAY == 2:
+        x = load(g, pos, hv, HV, K, kc, ok, k_ok)
+    elif DECAY == 1:
+        x = load1(g, pos, hv, HV, ok)
+    else:
+        x = tl.zeros((C,), tl.float32)
+    if ERASE:
+        logit = load(z, pos, hv, HV, K, kc, ok, k_ok) + u[None, :]
+        if DECAY != 2:
+            x = x[:, None]
+        x = tl.where(ok[:, None] & k_ok[None, :], x - softplus(logit), 0.0)
+    return tl.maximum(x, FLOOR), logit
+
+
+@triton.jit
+def exclusive(G, log_D, MODE: tl.constexpr, C: tl.constexpr):
+    """The running sum without the token itself: beside float32 products a sum of its own, no difference of sums."""
+    i = tl.arange(0, C)
+    if MODE == "bf16":
+        return G - log_D
+    else:
+        before = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
+        if len(G.shape) == 2:
+            return tl.dot(before, log_D, input_precision="ieee")
+        else:
+            return tl.sum(before * log_D[None, :], 1)
 
 
 @triton.jit

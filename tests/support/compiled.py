@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybridzoo.kernels.fused import launch
+from hybridzoo.kernels.fused import single_pass, staged
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.room import room
 from hybridzoo.kernels.recurrence_op import Call
@@ -46,8 +46,8 @@ def planned(
     chunk: int = 64,
     rank: int = 16,
     heads: int = 16,
-) -> tuple[Launch, Launch]:
-    """The forward and the backward launch of a call with these five flags, as the host would make them."""
+) -> list[Launch]:
+    """The launches of a call with these five flags, forward and backward, as the host would make them."""
     B, T, N = (1, 4096, 3) if packed else (2, 2048, 2)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -82,7 +82,11 @@ def planned(
     )
     kept = room(call, True)
     results = (call.v, call.S, call.o_sum, call.o_mean)
-    return launch.forward_launch(call, kept, True, results), launch.backward_launch(call, kept, list(results))[0]
+    if not content:
+        forward = staged.forward_launches(call, kept, True, call.v, call.S)
+        return [*forward, *staged.backward_launches(call, kept, list(results))[0]]
+    forward = [single_pass.forward_launch(call, kept, True, results)]
+    return [*forward, single_pass.backward_launch(call, kept, list(results))[0]]
 
 
 def usage(planned: Launch, capability: int) -> Usage:
