@@ -1,0 +1,209 @@
+"""The `triton` backend beside fla's chunk kernels on one GPU: forward, forward + backward, and peak memory.
+
+Both sides run the same bfloat16 inputs in one process and in turn. fla tunes each of its kernels when it first meets a
+head size, for minutes: one process a mixer and head size does that side by side, and when all are ready they measure
+one after another. Without fla, or for mixers that it lacks, this side is measured alone.
+
+    python benchmarks/triton_backend.py                 # prints, and writes benchmarks/results/triton_backend.json
+
+Shapes: B batch, T time, H heads, D head dim, L content chunk, r content rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import threading
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hybridzoo.kernels import ContentGate, gated_delta_rule
+
+SHAPES = {"large": (8, 4096, 16, 128), "long": (1, 32768, 16, 128), "small": (8, 1024, 12, 64)}  # B, T, H, D
+# Decay, erase, correct and write: none, one value a head, or one a channel; then what the correction reads, and L.
+ROWS: dict[str, tuple[str, str, str, str, str, int]] = {
+    "gdn2": ("channel", "none", "channel", "channel", "decayed", 0),
+    "kda": ("channel", "none", "scalar", "scalar", "decayed", 0),
+    "gla": ("channel", "none", "none", "none", "decayed", 0),
+    "delta_net": ("none", "none", "scalar", "scalar", "decayed", 0),
+    "gated_delta_net": ("scalar", "none", "scalar", "scalar", "decayed", 0),
+    "carve[erase=token]": ("channel", "channel", "scalar", "scalar", "stored", 0),
+    "carve": ("channel", "channel", "scalar", "scalar", "stored", 64),
+}
+RANK = 16
+WAIT = 360.0  # seconds until measuring begins without whoever is still tuning
+
+
+def inputs(row: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor]:
+    """Leaves of a call: unit keys and queries, weak decays, gates in (0, 1)."""
+    decay, erase, correct, write, _, _ = ROWS[row]
+
+    def draw(kind: str, of: Callable[..., Tensor]) -> Tensor | None:
+        shape = {"scalar": (B, T, H), "channel": (B, T, H, D)}.get(kind)
+        return None if shape is None else of(*shape, device="cuda").to(torch.bfloat16)
+
+    q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    drawn = {
+        "q": normalize(q, dim=-1),
+        "k": normalize(k, dim=-1),
+        "v": v,
+        "log_decay": draw(decay, lambda *shape, device: -0.2 * torch.rand(*shape, device=device)),
+        "erase_logits": draw(erase, lambda *shape, device: torch.randn(*shape, device=device) - 5),
+        "correct": draw(correct, torch.rand),
+        "write": draw(write, torch.rand),
+    }
+    if correct == write == "scalar":  # tied
+        drawn["write"] = drawn["correct"]
+    return {name: x.requires_grad_() for name, x in drawn.items() if x is not None}
+
+
+def ours(row: str, x: dict[str, Tensor]) -> Tensor:
+    """The row of flags by `gated_delta_rule`."""
+    *_, predict, chunk = ROWS[row]
+    content = None
+    if chunk:
+        H, D = x["q"].shape[2:]
+        generator = torch.Generator("cuda").manual_seed(0)
+        down = torch.randn(H, RANK, D, device="cuda", generator=generator) / D**0.5
+        up = torch.randn(H, D, RANK, device="cuda", generator=generator) / 10
+        content = ContentGate(down, up, chunk)
+    return gated_delta_rule(**x, content=content, predict=predict, backend="triton")[0]
+
+
+def fla_side(row: str, x: dict[str, Tensor]) -> Tensor:
+    """The same by fla."""
+    if row == "gdn2":
+        from fla.ops.gdn2 import chunk_gdn2
+
+        return chunk_gdn2(x["q"], x["k"], x["v"], x["log_decay"], x["correct"], x["write"])[0]
+    if row == "kda":
+        from fla.ops.kda import chunk_kda
+
+        return chunk_kda(x["q"], x["k"], x["v"], x["log_decay"], x["correct"])[0]
+    if row == "gla":
+        from fla.ops.gla import chunk_gla
+
+        return chunk_gla(x["q"], x["k"], x["v"], x["log_decay"])[0]
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(x["q"], x["k"], x["v"], x["correct"])[0]
+
+
+PEERS = ("gdn2", "kda", "gla", "delta_net")
+Side = Callable[[str, dict[str, Tensor]], Tensor]
+
+
+def measure(row: str, shape: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
+    """Check that the sides agree, then time them in turn, milliseconds, and read GiB above the inputs."""
+    x = inputs(row, *SHAPES[shape])
+    d_out = torch.randn_like(x["v"])
+    leaves = list({id(leaf): leaf for leaf in x.values()}.values())
+
+    def forward(side: Side) -> Tensor:
+        with torch.no_grad():
+            return side(row, x)
+
+    def train(side: Side) -> None:
+        torch.autograd.grad(side(row, x), leaves, d_out)
+
+    found: dict[str, Any] = {"mixer": row, "shape": dict(zip("BTHD", SHAPES[shape], strict=True))}
+    outputs = {name: forward(side).float() for name, side in sides.items()}
+    if "fla" in outputs:
+        apart = (outputs["fla"] - outputs["hybridzoo"]).norm() / outputs["hybridzoo"].norm()
+        found["apart"] = round(apart.item(), 5)
+    del outputs
+    for what, run in (("forward", forward), ("forward_backward", train)):
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds + 2):
+            for name, side in sides.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run(side)
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+        found[what] = {name: round(statistics.median(ms[2:]), 3) for name, ms in times.items()}
+    found["peak_gib"] = {name: _peak(lambda side=side: train(side)) for name, side in sides.items()}
+    return found
+
+
+def _peak(run: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
+
+
+def work(row: str, shapes: list[str], with_fla: bool, rounds: int, ready: Any, turn: Any, results: Any) -> None:
+    """Compile and tune everything of one mixer and head size; then, in turn with the other processes, measure."""
+    sides: dict[str, Side] = {"hybridzoo": ours}
+    if with_fla and row in PEERS:
+        sides["fla"] = fla_side
+    try:
+        for shape in shapes:
+            measure(row, shape, sides, 1)
+        torch.cuda.empty_cache()
+        try:
+            ready.wait(WAIT)
+            quiet = True
+        except threading.BrokenBarrierError:
+            quiet = False  # somebody was still tuning, on the same GPU
+        with turn:
+            for shape in shapes:
+                results.put({**measure(row, shape, sides, rounds), "quiet": quiet})
+            torch.cuda.empty_cache()
+    except Exception as error:
+        results.put({"mixer": row, "error": f"{type(error).__name__}: {error}"[:500]})
+        ready.abort()
+    results.put(None)
+
+
+def main() -> None:
+    """Measure, print and record."""
+    from recording import environment, record
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS, help="which mixers")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each side and shape")
+    parser.add_argument("--out", type=Path, help="folder for the result instead of benchmarks/results")
+    options = parser.parse_args()
+    with_fla = importlib.util.find_spec("fla") is not None
+    jobs = [(row, names) for row in options.rows for names in (["large", "long"], ["small"])]
+    jobs = [(row, [name for name in names if row != "carve" or name != "long"]) for row, names in jobs]
+    context = multiprocessing.get_context("spawn")
+    ready, turn, results = context.Barrier(len(jobs)), context.Lock(), context.Queue()
+    workers = [
+        context.Process(target=work, args=(*job, with_fla, options.rounds, ready, turn, results), daemon=True)
+        for job in jobs
+    ]
+    for worker in workers:
+        worker.start()
+    found, left = [], len(workers)
+    while left:
+        result = results.get()
+        if result is None:
+            left -= 1
+            continue
+        print(json.dumps(result), flush=True)
+        found.append(result)
+    try:
+        peer = version("fla-core")
+    except PackageNotFoundError:
+        peer = None
+    whole = {"environment": environment("triton"), "fla-core": peer, "dtype": "bfloat16", "results": found}
+    print(f"written to {record('triton_backend', whole, options.out)}")
+
+
+if __name__ == "__main__":
+    main()
