@@ -6,7 +6,7 @@ tokens that holds both, which lies between them: then both factors are at most 1
 
 Device functions only. Every name in capitals is a `constexpr`.
 
-Shapes: C slots in a block (16 or 32), D key channels, T tokens.
+Shapes: C slots in a block (16 or 32), D key channels, T tokens, N sequences.
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ def place(table, block, T, C: tl.constexpr, VARLEN: tl.constexpr):
         start = (block // blocks) * T + at
         length = tl.minimum(C, T - at)
     return start, length
+
+
+@triton.jit
+def sequence(cu, n, T, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Where sequence `n` begins in the row of all tokens, how many it has, and which its first block is."""
+    if VARLEN:
+        start = tl.load(cu + n)
+        length = tl.load(cu + n + 1) - start
+        block = start // C + n  # a bound on the blocks before: the last of each sequence may be open
+    else:
+        start, length = n * T, T
+        block = n * tl.cdiv(T, C)
+    return start, length, block
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybridzoo.kernels.fused.blocks import sequence
 from hybridzoo.kernels.fused.tile import mm
 
 
@@ -23,12 +24,7 @@ def scan_back_kernel(
     """One program a sequence, value head and part of its value channels."""
     head, part = tl.program_id(0), tl.program_id(1)
     n, hv = head // HV, head % HV
-    start, length = n * T, T
-    base = n * tl.cdiv(T, C)
-    if VARLEN:
-        start = tl.load(cu + n)
-        length = tl.load(cu + n + 1) - start
-        base = start // C + n
+    start, length, base = sequence(cu, n, T, C, VARLEN)
     i = tl.arange(0, C)
     kc, vc = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     k_ok, v_ok = kc < K, vc < V
