@@ -83,7 +83,8 @@ def staged_config(call: Call, save: bool) -> StagedConfig:
     narrow = call.q.dtype == torch.bfloat16
     heads = call.S.shape[0] * call.v.shape[2]
     block = 32 if narrow and (save or heads < 64) else 16  # few heads: the scan is what takes long
-    scan_v = min(V, 64 if narrow else 32, max(16, 64 * 128 // K))
+    widest = 64 if narrow else 32
+    scan_v = min(V, widest, max(16, widest * 128 // K))
     while scan_v > 16 and heads * (V // scan_v) < 128:
         scan_v //= 2
     return StagedConfig(
