@@ -92,7 +92,7 @@ def staged_config(call: Call, save: bool) -> StagedConfig:
         prepare_k=min(K, V, 32),
         prepare_warps=1 if narrow and block == 16 else 2,
         scan_v=scan_v,
-        scan_warps=4,
+        scan_warps=4 if narrow or K <= 128 else 8,
         scan_stages=(2 if block == 32 else 3) if narrow else 1,
         value_k=min(K, 64 if narrow else 32),
         value_v=min(V, (128 if block == 32 else 64) if narrow else 32),
