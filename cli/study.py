@@ -49,7 +49,7 @@ def run_command(
         from hybridzoo.cli.runs import holds_model
         from hybridzoo.studies import load_study, run_study, write_report
         from hybridzoo.studies.display import format_seconds
-        from hybridzoo.studies.runner import Stopped
+        from hybridzoo.studies.runner import BusyError, Stopped
 
         own = names.import_own(imports)
         loaded = load_study(study, overrides or [])
@@ -60,9 +60,7 @@ def run_command(
         run = run_study(loaded, folder, processes=processes, imports=own)
     except Stopped:
         raise typer.Exit(INTERRUPTED) from None  # the display has said how far it came and how to go on
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # its kinds are failures; itself is what run_study says of a busy folder
-            raise
+    except BusyError as error:
         raise fail(str(error)) from None
     report = None
     if run.finished + run.reused:

@@ -35,6 +35,10 @@ from hybridzoo.studies.trial import Job, run_job, slug, write_failure
 PLAN, TRIALS, SPECS, LOCK = "study.json", "trials", "specs", ".lock"
 
 
+class BusyError(RuntimeError):
+    """Another process is running a study in this folder."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C while trials ran; the display has said how many are on disk."""
 
@@ -70,7 +74,7 @@ def run_study(
     `KeyboardInterrupt` stops the workers and is raised on (as `Stopped`); the folder stays resumable.
 
     Raises: `SpecError` for a study that cannot be planned, and for a folder that holds another study's run;
-    `RuntimeError` where another process is at the same folder.
+    `BusyError` where another process is at the same folder.
     """
     started = time.perf_counter()
     display = default_display() if display is None else display
@@ -248,4 +252,4 @@ def _lock(file: IO[str], root: Path, fcntl: Any) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RuntimeError(f"{root}: another process is running a study in this folder") from None
+        raise BusyError(f"{root}: another process is running a study in this folder") from None

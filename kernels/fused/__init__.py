@@ -1,4 +1,6 @@
-"""The Triton backend of `gated_delta_rule`: kernels (tile, forward, backward), what launches them (launch, with the
-choices of config and the memory of room), which calls it takes (support), and the operator (op). Only launch.py and the
-kernels import triton, and op.py imports them when it first runs.
+"""The Triton backend of `gated_delta_rule`, in two ways: staged (prepare, scan, scan_back, value_gradients,
+key_gradients) and in a single pass (forward, backward).
+
+staged.py and single_pass.py launch them, with the choices of way, config and room; support says which calls are taken,
+op is the operator. The kernels and those two import triton, and op.py imports them when it first runs.
 """

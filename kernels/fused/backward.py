@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import exclusive, load, load1, log_decay, masks, middles, mm, row, store
+from hybridzoo.kernels.fused.tile import exclusive, load, load1, log_decay, masks, middles, mm, readout, row, store
 
 
 @triton.jit
@@ -79,14 +79,6 @@ def readout_gradient(du, m, U1, U2):
     hidden = 2 / (1 + tl.exp(-2 * x)) - 1
     d_hidden = tl.sum(U2 * du[:, None], 0) * (1 - hidden * hidden)
     return tl.sum(U1 * d_hidden[:, None], 0)
-
-
-@triton.jit
-def readout(m, U1, U2):
-    """`u = U2 tanh(U1 m)`, CARVE eq. 7."""
-    x = tl.sum(U1 * m[None, :], 1)
-    hidden = 2 / (1 + tl.exp(-2 * x)) - 1
-    return tl.sum(U2 * hidden[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["T", "tokens"])  # a new length compiles nothing

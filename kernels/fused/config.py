@@ -1,7 +1,8 @@
 """How the Triton kernels are cut and scheduled, and what that takes of a multiprocessor. Imports no triton.
 
-The choice follows from head sizes, the content gate and the dtype, never from a length or a batch: a new length
-compiles nothing. The test suite compiles what is chosen here and holds it to `shared_memory`.
+The choice follows from head sizes, the content gate and the dtype, and of the scans also from how many heads there
+are; never from a length, so that a new length compiles nothing. The test suite compiles what is chosen here and holds
+it to `shared_memory`.
 
 Shapes: K key dim, V value dim.
 """
@@ -22,10 +23,16 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
-    def registers(self) -> int:
-        """What a thread may have. Said, because ptxas left alone may give up on many live values and take 32."""
-        return min(255, 65536 // (32 * self.num_warps))
+
+def options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
+    """What a launch says to the compiler of a kernel."""
+    return {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        # All that a thread may have: ptxas left alone may give up on many live values and take 32.
+        "maxnreg": min(255, 65536 // (32 * num_warps)),
+        "enable_fp_fusion": True,  # said, since Triton's default changes with 3.10
+    }
 
 
 def power(size: int) -> int:
@@ -65,11 +72,6 @@ class StagedConfig(NamedTuple):
     value_warps: int
     key_k: int
     key_warps: int
-
-    def options(self, warps: int, stages: int = 1) -> dict[str, Any]:
-        """What a kernel's launch says to the compiler."""
-        registers = Config(0, warps, stages).registers
-        return {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def staged_config(call: Call, save: bool) -> StagedConfig:

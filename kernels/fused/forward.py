@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import exclusive, inverse, load, load1, log_decay, masks, middles, mm, row
+from hybridzoo.kernels.fused.tile import exclusive, inverse, load, load1, log_decay, masks, middles, mm, readout, row
 
 
 @triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
@@ -58,9 +58,7 @@ def forward_kernel(
         o_mean = tl.load(mean0 + head * V + vc, mask=v_ok, other=0.0)
         U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + vc[None, :], mask=r_ok[:, None] & v_ok[None, :], other=0.0)
         U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=k_ok[:, None] & r_ok[None, :], other=0.0)
-        x = tl.sum(U1 * o_mean[None, :], 1)
-        hidden = 2 / (1 + tl.exp(-2 * x)) - 1
-        u = tl.sum(U2 * hidden[None, :], 1)
+        u = readout(o_mean, U1, U2)
         if SAVE:
             tl.store(means + (chunk_row.to(tl.int64) * HV + hv) * V + vc, o_mean, mask=v_ok)
 
@@ -148,9 +146,7 @@ def forward_kernel(
                 chunk_row += 1
                 o_mean = o_sum / CONTENT
                 o_sum = tl.zeros((BV,), tl.float32)
-                x = tl.sum(U1 * o_mean[None, :], 1)
-                hidden = 2 / (1 + tl.exp(-2 * x)) - 1
-                u = tl.sum(U2 * hidden[None, :], 1)
+                u = readout(o_mean, U1, U2)
                 if SAVE:
                     tl.store(means + (chunk_row.to(tl.int64) * HV + hv) * V + vc, o_mean, mask=v_ok)
 

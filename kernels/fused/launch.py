@@ -48,6 +48,19 @@ def kind(gate: Tensor | None) -> int:
     return 0 if gate is None else gate.ndim - 2
 
 
+def flags(call: Call) -> dict[str, Any]:
+    """What the compiler knows of a call in every kernel that reads its gates."""
+    return {
+        "DECAY": kind(call.log_decay),
+        "ERASE": call.erase_logits is not None,
+        "CORRECT": kind(call.correct),
+        "STORED": call.stored,
+        "VARLEN": call.cu_seqlens is not None,
+        "MODE": MODES[call.q.dtype][0],
+        "FLOOR": FLOOR,
+    }
+
+
 def contiguous(call: Call) -> Call:
     """The call as the kernels read it: dense tensors, and the content pair in float32."""
     dense = [None if x is None else x.contiguous() for x in call[:14]]

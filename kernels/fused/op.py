@@ -1,4 +1,4 @@
-"""The Triton backend as an operator (recurrence_op.py). Imports triton, through launch.py, when it first runs."""
+"""The Triton backend as an operator (recurrence_op.py). Imports triton, through its two ways, when it first runs."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ A tile or content chunk belongs to one sequence. How many a sequence has is data
 earlier calls left a content chunk open; so its part begins at a bound that follows from shapes and from the token at
 which it starts, and some places stay unused.
 
-Shapes: T time, HV value heads, K key dim, V value dim, C = 16 tokens in a tile, L content chunk, N sequences.
+Shapes: T time, HV value heads, K key dim, V value dim, C tokens in a tile (16) or block, L content chunk,
+N sequences.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from hybridzoo.kernels.fused.backward import backward_kernel
-from hybridzoo.kernels.fused.config import Config, configs, power
+from hybridzoo.kernels.fused.config import Config, configs, options, power
 from hybridzoo.kernels.fused.forward import forward_kernel
-from hybridzoo.kernels.fused.launch import FLOOR, MODES, Launch, joined, kind
+from hybridzoo.kernels.fused.launch import MODES, Launch, flags, joined, kind
 from hybridzoo.kernels.fused.room import chunk_starts
 from hybridzoo.kernels.recurrence_op import Call
 
@@ -122,13 +122,13 @@ def backward_launch(call: Call, room: list[Tensor], d_results: list[Tensor]) -> 
 
 def _launch(kernel: Any, call: Call, config: Config, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
     blocks = triton.cdiv(call.v.shape[3], config.block_v)
-    options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "maxnreg": config.registers,
-        "enable_fp_fusion": True,  # said, since Triton's default changes with 3.10
-    }
-    return Launch(kernel, (call.S.shape[0] * call.v.shape[2], blocks), arguments, constants, options)
+    return Launch(
+        kernel,
+        (call.S.shape[0] * call.v.shape[2], blocks),
+        arguments,
+        constants,
+        options(config.num_warps, config.num_stages),
+    )
 
 
 def _inputs(call: Call) -> dict[str, Any]:
@@ -161,15 +161,9 @@ def _constants(call: Call, config: Config) -> dict[str, Any]:
         "BV": config.block_v,
         "BR": power(rank),
         "RANK": rank,
-        "DECAY": kind(call.log_decay),
-        "ERASE": call.erase_logits is not None,
-        "CORRECT": kind(call.correct),
+        **flags(call),
         "WRITE": kind(call.write),
-        "STORED": call.stored,
         "CONTENT": call.chunk,
-        "VARLEN": call.cu_seqlens is not None,
-        "MODE": MODES[call.q.dtype][0],
-        "FLOOR": FLOOR,
     }
 
 

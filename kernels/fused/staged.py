@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridzoo.kernels.fused.config import StagedConfig, power, staged_config
+from hybridzoo.kernels.fused.config import StagedConfig, options, power, staged_config
 from hybridzoo.kernels.fused.key_gradients import key_gradients_kernel
-from hybridzoo.kernels.fused.launch import FLOOR, MODES, Launch, joined, kind
+from hybridzoo.kernels.fused.launch import MODES, Launch, flags, joined, kind
 from hybridzoo.kernels.fused.prepare import prepare_kernel
 from hybridzoo.kernels.fused.room import n_blocks
 from hybridzoo.kernels.fused.scan import scan_kernel
@@ -70,7 +70,7 @@ def forward_launches(call: Call, room: list[Tensor], save: bool, o: Tensor, S: T
             **_sizes(call, "T", "HV", "K", "V"),
         },
         {**_scan_constants(call, config), "SAVE": save},
-        config.options(config.scan_warps, config.scan_stages),
+        options(config.scan_warps, config.scan_stages),
     )
     return [_prepare(call, config, blocks, made, inverses, _table(call, config.block), again=False), scan]
 
@@ -130,7 +130,7 @@ def backward_launches(call: Call, room: list[Tensor], d_results: list[Tensor]) -
             **_sizes(call, "T", "HV", "K", "V"),
         },
         _scan_constants(call, config),
-        config.options(config.scan_warps, config.scan_stages),
+        options(config.scan_warps, config.scan_stages),
     )
     values = Launch(
         value_gradients_kernel,
@@ -167,7 +167,7 @@ def backward_launches(call: Call, room: list[Tensor], d_results: list[Tensor]) -
             "VARLEN": call.cu_seqlens is not None,
             "MODE": MODES[call.q.dtype][0],
         },
-        config.options(config.value_warps),
+        options(config.value_warps),
     )
     keys = Launch(
         key_gradients_kernel,
@@ -189,8 +189,8 @@ def backward_launches(call: Call, room: list[Tensor], d_results: list[Tensor]) -
             "scale": float(call.scale),
             **_sizes(call, "T", "H", "HV", "K"),
         },
-        {**_flags(call), "C": config.block, "BK": power(call.q.shape[3]), "D": config.key_k},
-        config.options(config.key_warps),
+        {**flags(call), "C": config.block, "BK": power(call.q.shape[3]), "D": config.key_k},
+        options(config.key_warps),
     )
     return [_prepare(call, config, blocks, made, inverses, table, again=True), scan_back, values, keys], buffers
 
@@ -234,7 +234,7 @@ def _prepare(
             **_sizes(call, "T", "H", "HV", "K", "V"),
         },
         {
-            **_flags(call),
+            **flags(call),
             "C": config.block,
             "BK": power(call.q.shape[3]),
             "BV": power(call.v.shape[3]),
@@ -245,20 +245,8 @@ def _prepare(
             # Beside bf16 products one pass of tf32 is exact enough for what joins two inverses of 16.
             "MERGE": "tf32" if call.q.dtype == torch.bfloat16 else exact,
         },
-        config.options(config.prepare_warps),
+        options(config.prepare_warps),
     )
-
-
-def _flags(call: Call) -> dict[str, Any]:
-    return {
-        "DECAY": kind(call.log_decay),
-        "ERASE": call.erase_logits is not None,
-        "CORRECT": kind(call.correct),
-        "STORED": call.stored,
-        "VARLEN": call.cu_seqlens is not None,
-        "MODE": MODES[call.q.dtype][0],
-        "FLOOR": FLOOR,
-    }
 
 
 def _scan_constants(call: Call, config: StagedConfig) -> dict[str, Any]:

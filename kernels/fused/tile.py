@@ -132,3 +132,11 @@ def masks():
     i = tl.arange(0, 16)
     r, c = i[:, None], i[None, :]
     return (r // 8) == (c // 8), r >= c, r > c
+
+
+@triton.jit
+def readout(m, U1, U2):
+    """`u = U2 tanh(U1 m)`, CARVE eq. 7."""
+    x = tl.sum(U1 * m[None, :], 1)
+    hidden = 2 / (1 + tl.exp(-2 * x)) - 1
+    return tl.sum(U2 * hidden[None, :], 1)
