@@ -22,7 +22,10 @@ def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[
 
     @functools.wraps(function)
     def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(first.device.type, enabled=False):
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(first, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
             return function(first, *args, **kwargs)
 
     return cast("Callable[Concatenate[Tensor, P], R]", run)

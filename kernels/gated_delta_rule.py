@@ -112,7 +112,7 @@ def gated_delta_rule(
         state = DeltaState.zeros(n, HV, K, V, content is not None, q.device, dtype)
     else:
         check_state(state, n, HV, K, V, content is not None, dtype, q.device)
-    if qk_l2norm:
+    if qk_l2norm and backend != "triton":  # whose kernels do it themselves
         q, k = l2_norm(q), l2_norm(k)
     scale = K**-0.5 if scale is None else scale
     if backend == "reference":
@@ -133,6 +133,7 @@ def gated_delta_rule(
             *(q, k, v, log_decay, erase_logits, content, correct, write, state),
             predict=predict,
             scale=scale,
+            qk_norm=qk_l2norm and backend == "triton",
             cu_seqlens=cu_seqlens,
         )
     o = o.to(v.dtype)

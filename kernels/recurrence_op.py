@@ -40,6 +40,7 @@ class Call(NamedTuple):
     stored: bool
     scale: float
     chunk: int  # L, 0 without a content gate
+    qk_norm: bool  # q and k are still to be made of length one
 
 
 # The op's arguments that can have a gradient, and all that are tensors: the first fields of a Call.
@@ -73,6 +74,7 @@ class DeltaRule(Protocol):
         *,
         predict: str,
         scale: float,
+        qk_norm: bool,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, DeltaState]: ...
 
@@ -93,123 +95,110 @@ def delta_rule(operator: Any) -> DeltaRule:
         *,
         predict: str,
         scale: float,
+        qk_norm: bool,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, DeltaState]:
         down, up, chunk = (None, None, 0) if content is None else content
         floats = (q, k, v, log_decay, erase_logits, down, up, correct, write, *state[:3])
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
         o, S, o_sum, o_mean, count, *_ = operator(
-            *floats, state.count, cu_seqlens, predict == "stored", scale, chunk, save
+            *floats, state.count, cu_seqlens, predict == "stored", scale, chunk, qk_norm, save
         )
         return o, DeltaState(S, o_sum, o_mean, count)
 
     return run
 
 
+_LIBRARY = torch.library.Library("hybridzoo", "FRAGMENT")
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? erase_logits, Tensor? down, Tensor? up, Tensor? correct, "
+    "Tensor? write, Tensor S, Tensor o_sum, Tensor o_mean, Tensor count, Tensor? cu_seqlens, bool stored, float scale, "
+    "int chunk, bool qk_norm"
+)
+
+
 def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Any:
     """Register `hybridzoo::{name}` and `hybridzoo::{name}_backward`, with fakes and autograd; return the first.
 
     `room`, `forward` and `backward` are as the types above say. They see every call with autocast off.
+
+    By `torch.library.Library` and not `torch.library.custom_op`, whose autograd walks through the schema in each call:
+    with so many arguments that takes longer than a small call's kernels.
     """
 
-    @torch.library.custom_op(f"hybridzoo::{name}", mutates_args=())
     @without_autocast
-    def operator(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        erase_logits: Tensor | None,
-        down: Tensor | None,
-        up: Tensor | None,
-        correct: Tensor | None,
-        write: Tensor | None,
-        S: Tensor,
-        o_sum: Tensor,
-        o_mean: Tensor,
-        count: Tensor,
-        cu_seqlens: Tensor | None,
-        stored: bool,
-        scale: float,
-        chunk: int,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        call = Call(
-            *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count, cu_seqlens),
-            *(stored, scale, chunk),
-        )
+    def operator(*arguments: Any) -> tuple[Tensor, ...]:
+        *fields, save = arguments
+        call = Call(*fields)
         kept = room(call, save)
-        ends = forward(call, kept, save)
-        return *ends, _new_count(call), *kept  # type: ignore[return-value]
+        return *forward(call, kept, save), _new_count(call), *kept
 
-    @operator.register_fake
-    def _(*arguments: Any) -> tuple[Tensor, ...]:
+    def fake_operator(*arguments: Any) -> tuple[Tensor, ...]:
         *fields, save = arguments
         call = Call(*fields)
         ends = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.v, *call[9:13]))
         return *ends, *room(call, save)
 
-    @torch.library.custom_op(f"hybridzoo::{name}_backward", mutates_args=())
     @without_autocast
-    def backward_operator(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        erase_logits: Tensor | None,
-        down: Tensor | None,
-        up: Tensor | None,
-        correct: Tensor | None,
-        write: Tensor | None,
-        S: Tensor,
-        o_sum: Tensor,
-        o_mean: Tensor,
-        count: Tensor,
-        cu_seqlens: Tensor | None,
-        stored: bool,
-        scale: float,
-        chunk: int,
-        room: list[Tensor],
-        d_o: Tensor | None,
-        d_S: Tensor | None,
-        d_sum: Tensor | None,
-        d_mean: Tensor | None,
-    ) -> list[Tensor]:
-        call = Call(
-            *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count, cu_seqlens),
-            *(stored, scale, chunk),
-        )
-        gradients = backward(call, room, [d_o, d_S, d_sum, d_mean])
-        return [q.new_empty(0) if d is None else d for d in gradients]
+    def backward_operator(*arguments: Any) -> list[Tensor]:
+        *fields, kept, d_o, d_S, d_sum, d_mean = arguments
+        gradients = backward(Call(*fields), kept, [d_o, d_S, d_sum, d_mean])
+        return [fields[0].new_empty(0) if d is None else d for d in gradients]
 
-    @backward_operator.register_fake
-    def _(*arguments: Any) -> list[Tensor]:
+    def fake_backward_operator(*arguments: Any) -> list[Tensor]:
         q = arguments[0]
         return [
             q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in arguments[:N_FLOATS]
         ]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:N_TENSORS], *output[N_RESULTS:])
-        ctx.options = inputs[N_TENSORS:-1]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
+    kept = "Tensor[] kept, Tensor? d_o, Tensor? d_S, Tensor? d_sum, Tensor? d_mean"
+    run = _define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
+    run_back = _define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
 
-    def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
-        inputs, kept = saved[:N_TENSORS], list(saved[N_TENSORS:])
-        if inputs[0].numel() and not kept[0].numel():
-            raise RuntimeError(
-                "gated_delta_rule kept nothing to go back on: its gradient was taken through a transform, such as "
-                "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
-            )
-        gradients = backward_operator(*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
-        # count, cu_seqlens and the four options have none.
-        return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *([None] * 6)
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return run(*arguments)
 
-    operator.register_autograd(differentiate, setup_context=setup_context)
-    return operator
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(*inputs[:N_TENSORS], *output[N_RESULTS:])
+            ctx.options = inputs[N_TENSORS:-1]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
+
+        @staticmethod
+        def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
+            inputs, kept = saved[:N_TENSORS], list(saved[N_TENSORS:])
+            if inputs[0].numel() and not kept[0].numel():
+                raise RuntimeError(
+                    "gated_delta_rule kept nothing to go back on: its gradient was taken through a transform, such as "
+                    "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
+                )
+            gradients = run_back(*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
+            # count, cu_seqlens and the five options have none.
+            return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *([None] * 7)
+
+    def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors = arguments[:N_FLOATS]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return Rule.apply(*arguments)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*arguments)  # type: ignore[no-any-return]
+
+    _LIBRARY.impl(name, differentiable, "Autograd")
+    return run
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hybridzoo::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.hybridzoo, name).default
 
 
 def _new_count(call: Call) -> Tensor:

@@ -1,271 +1,278 @@
-"""The backward kernel: the tiles in reverse, from the states that the forward pass kept at each tile's start.
+"""The backward pass: windows from the last to the first; in each `scan_back`, then the gradients of values and of keys.
 
-With `dS` the gradient of the state after a tile, and hats for gradients::
+What `prepare` made is made again, for a piece of the sequence at a time: scratch memory is that of a piece. Without a
+content gate a piece is one window, and there are up to four. With one, a window is a content chunk: the gradient of what
+a chunk's decays read reaches the outputs of the chunk before, so that one waits for it.
 
-    N^ = P^T O^ + (k Z) S^         R^ = X^T N^ = (w v)^
-    P^ = O^ N^T (j <= i)           A^ = -R^ N^T (j < i)
-    (q E)^ = O^ S^T     (k Z)^ = N S^^T     (e k E')^ = -R^ S^T
-    S^ <- total S^ + (q E)^T O^ - (e k E')^T R^
-
-Every exponent of a tile is a sum of log-decays from one of its places to another, so a place's share of the gradient is
-`q q^ + (e k)(e k)^ - k k^`, and a token's own is the sum over the places after it.
-
-Shapes: as in forward.py.
+Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences,
+L content chunk, r content rank.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-from hybridzoo.kernels.fused.tile import exclusive, load, load1, log_decay, masks, middles, mm, readout, row, store
+from hybridzoo.kernels.fused.config import Cuts, cuts_of, options, power
+from hybridzoo.kernels.fused.key_gradients import key_gradients_kernel
+from hybridzoo.kernels.fused.launch import Launch, cuts, flags, kind, on_device, rank, sizes
+from hybridzoo.kernels.fused.room import n_chunks
+from hybridzoo.kernels.fused.scan_back import scan_back_kernel
+from hybridzoo.kernels.fused.scratch import Blocks, Places, new_blocks, places, prepare, window, window_blocks
+from hybridzoo.kernels.fused.value_gradients import value_gradients_kernel
+from hybridzoo.kernels.recurrence_op import Call
 
-
-@triton.jit
-def scaled(x, G):
-    """`x exp(G)` for `G [C, K]` or `[C]`."""
-    if len(G.shape) == 1:
-        return x * tl.exp(G)[:, None]
-    else:
-        return x * tl.exp(G)
-
-
-@triton.jit
-def half_factors(x, G, middle, half, SIDE: tl.constexpr):
-    """A row's (SIDE 1) or column's (SIDE -1) factors for pairs within halves and across the middle."""
-    i = tl.arange(0, 16)
-    near = tl.exp(SIDE * (G - half))
-    far = tl.exp(tl.minimum(SIDE * (G - middle), 0.0))
-    across = (i[:, None] >= 8) if SIDE == 1 else (i[:, None] < 8)
-    return near, tl.where(across, far, 0.0)
+MOST_PIECES = 4
+# Blocks of all heads that a piece should have, for its kernels to fill a GPU.
+LEAST_OF_A_PIECE = 4096
+# Content chunks of a piece.
+CHUNKS = 8
 
 
-@triton.jit
-def pair_products(x, Gx, k, G, MODE: tl.constexpr):
-    """`sum_d x_i exp(Gx_i - G_j) k_j`, of use for `j <= i` only: `[C, C]`."""
-    if len(G.shape) == 1:
-        return mm(x, tl.trans(k), MODE) * tl.exp(tl.minimum(Gx[:, None] - G[None, :], 0.0))
-    else:
-        i = tl.arange(0, 16)
-        middle, half = middles(G)
-        xn, xf = half_factors(x, Gx, middle, half, 1)
-        kn, kf = half_factors(k, G, middle, half, -1)
-        same = (i[:, None] // 8) == (i[None, :] // 8)
-        return tl.where(same, mm(x * xn, tl.trans(k * kn), MODE), mm(x * xf, tl.trans(k * kf), MODE))
+class Plan(NamedTuple):
+    """How the pass is cut: blocks of a sequence in a window, windows, and windows in a piece."""
+
+    span: int
+    windows: int
+    in_piece: int
 
 
-@triton.jit
-def pair_gradients(dM, x, Gx, k, G, MODE: tl.constexpr):
-    """Gradients of `pair_products` for x and k, given that of the products, zero where they are of no use."""
-    if len(G.shape) == 1:
-        dM = dM * tl.exp(tl.minimum(Gx[:, None] - G[None, :], 0.0))
-        return mm(dM, k, MODE), mm(tl.trans(dM), x, MODE)
-    else:
-        i = tl.arange(0, 16)
-        middle, half = middles(G)
-        xn, xf = half_factors(x, Gx, middle, half, 1)
-        kn, kf = half_factors(k, G, middle, half, -1)
-        same = (i[:, None] // 8) == (i[None, :] // 8)
-        near, far = tl.where(same, dM, 0.0), tl.where(same, 0.0, dM)
-        dx = mm(near, k * kn, MODE) * xn + mm(far, k * kf, MODE) * xf
-        dk = mm(tl.trans(near), x * xn, MODE) * kn + mm(tl.trans(far), x * xf, MODE) * kf
-        return dx, dk
+class Content(NamedTuple):
+    """What only a content gate has: `tanh'` at each row, gradients of readouts by block and row, and of a chunk's sum."""
+
+    slopes: Tensor
+    du_blocks: Tensor
+    du_rows: Tensor
+    d_sum: Tensor
 
 
-@triton.jit
-def readout_gradient(du, m, U1, U2):
-    """Gradient of the mean, given that of `u = U2 tanh(U1 m)`."""
-    x = tl.sum(U1 * m[None, :], 1)
-    hidden = 2 / (1 + tl.exp(-2 * x)) - 1
-    d_hidden = tl.sum(U2 * du[:, None], 0) * (1 - hidden * hidden)
-    return tl.sum(U1 * d_hidden[:, None], 0)
+def run(call: Call, room: list[Tensor], d_results: list[Tensor]) -> list[Tensor | None]:
+    """Run the backward pass on a contiguous `call`: its first twelve fields' gradients, None where one is off."""
+    (ahead, back, values, keys), buffers, content = launches(call, room, d_results)
+    span, windows, in_piece = plan(call, cuts_of(call, True).block)
+    with on_device(call.q):
+        prepare_piece, scan_window = ahead.starter(), back.starter()
+        value_window, key_window = values.starter(), keys.starter()
+        goes_on: dict[str, Tensor] = {}
+        for at in reversed(range(windows)):
+            origin = at // in_piece * in_piece * span
+            place = {"first": at * span, "count": span, "origin": origin, "span": in_piece * span}
+            if at == windows - 1 or (at + 1) % in_piece == 0:
+                prepare_piece(**window(origin, in_piece * span))
+            scan_window(**place, **goes_on)
+            goes_on = {"dS1": buffers["dS0"]}  # where the window after ended
+            value_window(**place)
+            key_window(**place)
+    d_down, d_up, d_sum, d_mean = None, None, *(d.clone() for d in d_results[2:])
+    if content is not None:
+        d_down, d_up, d_sum, d_mean = _content_gradients(call, room[3], content, d_mean, back.arguments["rows"])
+    return [
+        _joined(buffers["dq"], call.q),
+        _joined(buffers["dk"], call.k),
+        *(buffers["dv"], buffers["dg"], buffers["dz"], d_down, d_up, buffers["de"], buffers["dw"], buffers["dS0"]),
+        *(d_sum, d_mean),
+    ]
 
 
-@triton.jit(do_not_specialize=["T", "tokens"])  # a new length compiles nothing
-def backward_kernel(
-    q, k, v, g, z, e, w, down, up, count0, cu,
-    states, news, inverses, means, chunk_at,
-    do, dS1, dsum1, dmean1,
-    dq, dk, dv, dg, dz, de, dw, dS0, dsum0, dmean0, du_out,
-    T, tokens, scale, H, HV, K, V,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, FLOOR: tl.constexpr,
-):  # fmt: skip
-    """A program takes what its forward one did, from the last tile to the first."""
-    # Heads on the first axis, which may have 2^31 programs; the second has at most 65,535. int64, since a head of the
-    # last state can begin past 2^31 elements.
-    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, hv = head // HV, head % HV
-    h = hv // (HV // H)
-    start = n * T
-    length = T
-    tile_base = n * (tl.cdiv(T, 16) + (1 if CONTENT > 0 else 0))  # a content grid may cut off a first tile as well
-    if VARLEN:
-        start = tl.load(cu + n)
-        length = (tl.load(cu + n + 1) - start).to(tl.int32)
-        tile_base = start // 16 + (2 * n if CONTENT > 0 else n)
-    i = tl.arange(0, 16)
-    kc, vc, rc = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BR)
-    k_ok, v_ok, r_ok = kc < K, vc < V, rc < RANK
-    kv_at = kc[:, None] * V + vc[None, :]
-    kv_ok = k_ok[:, None] & v_ok[None, :]
-    _, lower, below = masks()
-    dS = tl.load(dS1 + head * K * V + kv_at, mask=kv_ok, other=0.0)
-    # Each block of value channels has a part of its own of what is summed over them.
-    part = block.to(tl.int64) * tokens * HV
-    dq += part * K
-    dk += part * K
-    if DECAY > 0:
-        dg += part * (K if DECAY == 2 else 1)
-    if ERASE:
-        dz += part * K
-    if CORRECT > 0:
-        de += part * (K if CORRECT == 2 else 1)
-    if WRITE == 1:
-        dw += part
+def plan(call: Call, C: int) -> Plan:
+    """Cut the pass into windows and pieces."""
+    if call.chunk:
+        return Plan(call.chunk // C, n_chunks(call), CHUNKS if call.cu_seqlens is None else 1)
+    blocks = -(-call.q.shape[1] // C)
+    pieces = 1
+    if call.cu_seqlens is None:  # else a sequence's length is data
+        heads = call.S.shape[0] * call.v.shape[2]
+        pieces = max(1, min(MOST_PIECES, blocks, blocks * heads // LEAST_OF_A_PIECE))
+    span = max(1, -(-blocks // pieces))
+    return Plan(span, max(1, -(-blocks // span)), 1)
 
-    first = 0
-    u = tl.zeros((BK,), tl.float32)
-    if CONTENT > 0:
-        seen = tl.load(count0 + n)
-        first = seen % 16
-        closed = (seen + length) // CONTENT
-        chunk_row = tl.load(chunk_at + n) + closed
-        U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + vc[None, :], mask=r_ok[:, None] & v_ok[None, :], other=0.0)
-        U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=k_ok[:, None] & r_ok[None, :], other=0.0)
-        d_sum = tl.load(dsum1 + head * V + vc, mask=v_ok, other=0.0)
-        d_mean = tl.load(dmean1 + head * V + vc, mask=v_ok, other=0.0)
-        m = tl.load(means + (chunk_row.to(tl.int64) * HV + hv) * V + vc, mask=v_ok, other=0.0)
-        u = readout(m, U1, U2)
-        du = tl.zeros((BK,), tl.float32)
 
-    tiles = tl.cdiv(first + length, 16)
-    if length == 0:
-        tiles = 0
-    for back in range(tiles):
-        tile = tiles - 1 - back
-        place = tile * 16 - first + i
-        ok = (place >= 0) & (place < length)
-        pos = start + place
-        if CONTENT > 0:
-            if (seen // 16 + tile + 1) % (CONTENT // 16) == 0 and (tile + 1) * 16 - first <= length:
-                tl.store(du_out + (chunk_row.to(tl.int64) * HV + hv) * K + kc, du, mask=k_ok)
-                d_sum = (d_mean + readout_gradient(du, m, U1, U2)) / CONTENT
-                d_mean = tl.zeros((BV,), tl.float32)
-                du = tl.zeros((BK,), tl.float32)
-                chunk_row -= 1
-                m = tl.load(means + (chunk_row.to(tl.int64) * HV + hv) * V + vc, mask=v_ok, other=0.0)
-                u = readout(m, U1, U2)
+def launches(
+    call: Call, room: list[Tensor], d_results: list[Tensor]
+) -> tuple[tuple[Launch, Launch, Launch, Launch], dict[str, Any], Content | None]:
+    """The four kernels, as the last window starts them; the gradients that they write; what a content gate needs."""
+    cut = cuts_of(call, True)
+    span, _, in_piece = plan(call, cut.block)
+    where = places(call, cut.block)
+    blocks = window_blocks(call, cut.block, in_piece * span)
+    made = new_blocks(call, cut, blocks, None)
+    X = room[2] if call.correct is not None else None
+    content = _new_content(call, room[3], window_blocks(call, cut.block, span)) if call.chunk else None
+    per_value_head = (*call.q.shape[:2], call.v.shape[2], call.q.shape[3])
+    joined = torch.float32 if call.q.shape[2] != call.v.shape[2] else None  # summed over the value heads of a key head
 
-        slot = (tile_base + tile).to(tl.int64) * HV + hv
-        S = tl.load(states + slot * K * V + kv_at, mask=kv_ok, other=0.0)
-        dO = load(do, pos, hv, HV, V, vc, ok, v_ok)
-        if CONTENT > 0:
-            dO += tl.where(ok[:, None], d_sum[None, :], 0.0)
-        qt = load(q, pos, h, H, K, kc, ok, k_ok) * scale
-        kt = load(k, pos, h, H, K, kc, ok, k_ok)
-        ek = kt
-        if CORRECT == 1:
-            et = load1(e, pos, hv, HV, ok)[:, None]
-            ek = kt * et
-        elif CORRECT == 2:
-            et = load(e, pos, hv, HV, K, kc, ok, k_ok)
-            ek = kt * et
-        vt = load(v, pos, hv, HV, V, vc, ok, v_ok)
-        if CORRECT > 0:
-            N = tl.load(news + (slot * 16 + i[:, None]) * V + vc[None, :], mask=v_ok[None, :], other=0.0)
-            X = tl.load(inverses + (slot * 16 + i[:, None]) * 16 + i[None, :])
-        else:
-            N = vt
-            if WRITE == 1:
-                N = vt * load1(w, pos, hv, HV, ok)[:, None]
-            elif WRITE == 2:
-                N = vt * load(w, pos, hv, HV, V, vc, ok, v_ok)
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty_like(x)
 
-        if DECAY > 0 or ERASE:
-            log_D, logit = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, 16, BK)
-        else:
-            log_D = tl.zeros((16,), tl.float32)
-        G = tl.cumsum(log_D, 0)
-        Gx = G
-        if STORED and CORRECT > 0:
-            Gx = exclusive(G, log_D, "ieee", 16)
-        if DECAY == 2 or ERASE:
-            last = row(G, 15)[None, :]
-            total = tl.exp(row(G, 15))[:, None]
-        else:
-            last = tl.sum(log_D, 0)
-            total = tl.exp(last)
-        qE, kZ = scaled(qt, G), scaled(kt, last - G)
+    buffers: dict[str, Any] = {
+        "dq": call.q.new_empty(per_value_head, dtype=joined),
+        "dk": call.q.new_empty(per_value_head, dtype=joined),
+        "dv": torch.empty_like(call.v),
+        "dg": like(call.log_decay),
+        "dz": like(call.erase_logits),
+        "de": like(call.correct),
+        "dw": like(call.write),
+        "dS0": torch.empty_like(call.S),
+    }
+    between: dict[str, Any] = {
+        "dstates": room[0].new_empty(blocks, *room[0].shape[1:]),
+        "dnews": room[1].new_empty(blocks, *room[1].shape[1:]),
+        "dP": torch.empty_like(made.P),
+        "dA": None if X is None else torch.empty_like(made.P),
+    }
+    ahead = prepare(call, cut, where, made, X, room[3], in_piece * span, keep=True, again=True)
+    grid = (window_blocks(call, cut.block, span), call.v.shape[2])
+    back = _scan_back(call, cut, where, made, content, buffers, between, d_results)
+    values = _value_gradients(call, cut, where, made, content, buffers, between, room, d_results[0], grid)
+    keys = _key_gradients(call, cut, where, made, content, buffers, between, room[3], grid)
+    return (ahead, back, values, keys), buffers, content
 
-        P = tl.where(lower, pair_products(qt, G, kt, G, MODE), 0.0)
-        dN = mm(tl.trans(P), dO, MODE) + mm(kZ, dS, MODE)
-        # A token's read of itself has no decay in it: left out until the decay's gradient is taken, which it would
-        # reach as the difference of two equal sums.
-        dP = tl.where(below, mm(dO, tl.trans(N), MODE), 0.0)
-        d_self = tl.sum(dO * N.to(tl.float32), 1)[:, None]
-        dqt, dkt = pair_gradients(dP, qt, G, kt, G, MODE)
-        dqt += scaled(mm(dO, tl.trans(S), MODE), G)
-        d_kZ = mm(N, tl.trans(dS), MODE)
-        dkt += scaled(d_kZ, last - G)
-        d_last = tl.sum(kZ * d_kZ, 0) + tl.sum(S.to(tl.float32) * (dS * total), 1)
-        dS = dS * total + mm(tl.trans(qE), dO, MODE)
-        d_after = qt * dqt
-        if CORRECT > 0:
-            eE = scaled(ek, Gx)
-            dR = mm(tl.trans(X), dN, MODE)
-            dA = tl.where(below, -mm(dR, tl.trans(N), MODE), 0.0)
-            dek, dk_corrected = pair_gradients(dA, ek, Gx, kt, G, MODE)
-            dek -= scaled(mm(dR, tl.trans(S), MODE), Gx)
-            dkt += dk_corrected
-            dS -= mm(tl.trans(eE), dR, MODE)
-            d_predicted = ek * dek
-            if not STORED:
-                d_after += d_predicted
-        else:
-            dR = dN
-        d_after -= kt * dkt
-        dqt += d_self * kt
-        dkt += d_self * qt
-        if DECAY > 0 or ERASE:
-            d_log = tl.cumsum(d_after, 0, reverse=True) + d_last[None, :]
-            if STORED and CORRECT > 0:
-                d_log += tl.cumsum(d_predicted, 0, reverse=True) - d_predicted
-            if DECAY == 2 or ERASE:
-                d_log = tl.where(log_D > FLOOR, d_log, 0.0)
-            if DECAY == 2:
-                store(dg, d_log, pos, hv, HV, K, kc, ok, k_ok)
-            elif DECAY == 1:
-                d_scalar = tl.sum(d_log, 1)
-                if not ERASE:
-                    d_scalar = tl.where(log_D > FLOOR, d_scalar, 0.0)
-                tl.store(dg + pos.to(tl.int64) * HV + hv, d_scalar, mask=ok)
-            if ERASE:
-                d_logit = -d_log * tl.sigmoid(logit)
-                store(dz, d_logit, pos, hv, HV, K, kc, ok, k_ok)
-                if CONTENT > 0:
-                    du += tl.sum(tl.where(ok[:, None], d_logit, 0.0), 0)
-        if CORRECT == 1:
-            tl.store(de + pos.to(tl.int64) * HV + hv, tl.sum(kt * dek, 1), mask=ok)
-            dkt += et * dek
-        elif CORRECT == 2:
-            store(de, kt * dek, pos, hv, HV, K, kc, ok, k_ok)
-            dkt += et * dek
-        store(dq, dqt * scale, pos, hv, HV, K, kc, ok, k_ok)
-        store(dk, dkt, pos, hv, HV, K, kc, ok, k_ok)
-        if WRITE == 1:
-            wt = load1(w, pos, hv, HV, ok)
-            tl.store(dw + pos.to(tl.int64) * HV + hv, tl.sum(vt * dR, 1), mask=ok)
-            dR = dR * wt[:, None]
-        elif WRITE == 2:
-            wt = load(w, pos, hv, HV, V, vc, ok, v_ok)
-            store(dw, vt * dR, pos, hv, HV, V, vc, ok, v_ok)
-            dR = dR * wt
-        store(dv, dR, pos, hv, HV, V, vc, ok, v_ok)
 
-    tl.store(dS0 + head * K * V + kv_at, dS, mask=kv_ok)
-    if CONTENT > 0:
-        tl.store(du_out + (chunk_row.to(tl.int64) * HV + hv) * K + kc, du, mask=k_ok)
-        tl.store(dsum0 + head * V + vc, d_sum, mask=v_ok)
-        tl.store(dmean0 + head * V + vc, d_mean + readout_gradient(du, m, U1, U2), mask=v_ok)
+def _scan_back(
+    call: Call,
+    cut: Cuts,
+    where: Places,
+    made: Blocks,
+    content: Content | None,
+    buffers: dict[str, Any],
+    between: dict[str, Any],
+    d_results: list[Tensor],
+) -> Launch:
+    d_o, d_S, d_sum, d_mean = d_results
+    return Launch(
+        scan_back_kernel,
+        (call.S.shape[0] * call.v.shape[2], triton.cdiv(call.v.shape[3], cut.scan_v)),
+        {
+            **{name: value for name, value in made._asdict().items() if name != "U"},
+            **{name: value for name, value in where._asdict().items() if name != "owners"},
+            **{"down": call.down, "up": call.up},
+            **_of(content, "slopes", "du_blocks", "du_rows", "d_sum"),
+            **{"do": d_o, "dS1": d_S, "dsum1": d_sum, "dmean1": d_mean, "dS0": buffers["dS0"]},
+            **{name: between[name] for name in ("dstates", "dnews")},
+            **window(0, 0),
+            **sizes(call, "T", "HV", "K", "V"),
+        },
+        {
+            **cuts(call),
+            **rank(call),
+            "C": cut.block,
+            "BK": power(call.q.shape[3]),
+            "BV": cut.scan_v,
+            "DECAYS": made.total is not None,
+            "CORRECT": call.correct is not None,
+            "STAGES": cut.scan_stages,
+        },
+        options(cut.scan_warps, cut.scan_stages),
+    )
+
+
+def _value_gradients(
+    call: Call,
+    cut: Cuts,
+    where: Places,
+    made: Blocks,
+    content: Content | None,
+    buffers: dict[str, Any],
+    between: dict[str, Any],
+    room: list[Tensor],
+    d_o: Tensor,
+    grid: tuple[int, int],
+) -> Launch:
+    states, news, inverses, _ = room
+    return Launch(
+        value_gradients_kernel,
+        grid,
+        {
+            **{"v": call.v, "w": call.write, "owners": where.owners, "cu": where.cu, "count0": where.count0},
+            **{"states": states, "news": news, "X": inverses if call.correct is not None else None},
+            **between,
+            **{"do": d_o, "dv": buffers["dv"], "dw": buffers["dw"]},
+            **_of(content, "d_sum"),
+            **{"d_qE": made.qE, "d_kZ": made.kZ, "d_eE": made.W, "total": made.total},
+            **window(0, 0),
+            **sizes(call, "T", "HV", "K", "V"),
+        },
+        {
+            **cuts(call),
+            "C": cut.block,
+            "BK": power(call.q.shape[3]),
+            "BV": power(call.v.shape[3]),
+            "D": cut.value_k,
+            "DV": cut.value_v,
+            "DECAYS": made.total is not None,
+            "CORRECT": kind(call.correct),
+            "WRITE": kind(call.write),
+        },
+        options(cut.value_warps),
+    )
+
+
+def _key_gradients(
+    call: Call,
+    cut: Cuts,
+    where: Places,
+    made: Blocks,
+    content: Content | None,
+    buffers: dict[str, Any],
+    between: dict[str, Any],
+    readouts: Tensor,
+    grid: tuple[int, int],
+) -> Launch:
+    return Launch(
+        key_gradients_kernel,
+        grid,
+        {
+            **{"q": call.q, "k": call.k, "g": call.log_decay, "z": call.erase_logits, "e": call.correct},
+            **where._asdict(),
+            "readouts": readouts if call.chunk else None,
+            **{name: between[name] for name in ("dP", "dA")},
+            **{"d_qE": made.qE, "d_kZ": made.kZ, "d_eE": made.W, "d_total": made.total},
+            **{name: buffers[name] for name in ("dq", "dk", "dg", "dz", "de")},
+            **_of(content, "du_blocks"),
+            "scale": float(call.scale),
+            **window(0, 0),
+            **sizes(call, "T", "H", "HV", "K", "V"),
+        },
+        {**flags(call), "C": cut.block, "BK": power(call.q.shape[3]), "D": cut.key_k},
+        options(cut.key_warps),
+    )
+
+
+def _joined(d: Tensor, like: Tensor) -> Tensor:
+    """Sum a gradient `[B, T, HV, K]` over the value heads that share a key head."""
+    H = like.shape[2]
+    return d if d.shape[2] == H else d.unflatten(2, (H, -1)).sum(3).to(like.dtype)
+
+
+def _of(content: Content | None, *names: str) -> dict[str, Tensor | None]:
+    return {name: None if content is None else getattr(content, name) for name in names}
+
+
+def _new_content(call: Call, readouts: Tensor, blocks: int) -> Content:
+    (HV, V), K = call.v.shape[2:], call.q.shape[3]
+    hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", call.down, readouts[..., :V]))
+    return Content(
+        slopes=(1 - hidden * hidden).contiguous(),
+        du_blocks=readouts.new_zeros(blocks, HV, K),
+        du_rows=readouts.new_zeros(readouts.shape[0], HV, K),
+        d_sum=torch.empty_like(call.o_sum),
+    )
+
+
+def _content_gradients(
+    call: Call, readouts: Tensor, content: Content, d_mean1: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the content pair, and of the sum and the mean that the call started from."""
+    assert call.down is not None and call.up is not None
+    means, du = readouts[..., : call.v.shape[3]], content.du_rows
+    du[rows] = content.du_blocks.unflatten(0, (call.S.shape[0], -1)).sum(1)  # the first chunk's, the last to be known
+    hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", call.down, means))
+    d_hidden = torch.einsum("hkr,nhk->nhr", call.up, du) * content.slopes
+    lengths = call.q.shape[1] if call.cu_seqlens is None else call.cu_seqlens.diff()
+    unread = (call.count + lengths < call.chunk)[:, None, None]  # no chunk was closed: the mean went through
+    d_mean = torch.einsum("nhr,hrv->nhv", d_hidden[rows], call.down) + torch.where(unread, d_mean1, 0.0)
+    d_down, d_up = torch.einsum("nhr,nhv->hrv", d_hidden, means), torch.einsum("nhk,nhr->hkr", du, hidden)
+    return d_down.contiguous(), d_up.contiguous(), content.d_sum, d_mean.contiguous()

@@ -14,34 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import exponential
-
-
-@triton.jit
-def place(table, block, T, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Where a block begins in the row of all tokens, and how many it holds."""
-    if VARLEN:
-        start = tl.load(table + 2 * block)
-        length = tl.load(table + 2 * block + 1)
-    else:
-        blocks = tl.cdiv(T, C)
-        at = (block % blocks) * C
-        start = (block // blocks) * T + at
-        length = tl.minimum(C, T - at)
-    return start, length
-
-
-@triton.jit
-def sequence(cu, n, T, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Where sequence `n` begins in the row of all tokens, how many it has, and which its first block is."""
-    if VARLEN:
-        start = tl.load(cu + n)
-        length = tl.load(cu + n + 1) - start
-        block = start // C + n  # a bound on the blocks before: the last of each sequence may be open
-    else:
-        start, length = n * T, T
-        block = n * tl.cdiv(T, C)
-    return start, length, block
+from hybridzoo.kernels.fused.tile import exclusive, exponential
 
 
 @triton.jit
@@ -74,3 +47,55 @@ def far_factors(ref, end, SPAN: tl.constexpr, MODE: tl.constexpr, C: tl.constexp
     row = tl.where(second, exponential(tl.minimum(ref - m, 0.0), MODE), 0.0)
     column = tl.where(second, 0.0, exponential(tl.minimum(m - ref, 0.0), MODE))
     return spread(row, C, D), spread(column, C, D)
+
+
+@triton.jit
+def snapped(x, MODE: tl.constexpr):
+    """`x` at the nearest multiple of log 2: what lies between two such references is a power of two, which rounding
+    does not see. So a rounded factor is the same in all products, and what is to cancel does."""
+    if MODE == "ieee":
+        return x
+    else:
+        return tl.floor(x * 1.4426950408889634 + 0.5) * 0.6931471805599453
+
+
+@triton.jit
+def channel_factors(log_D, EXCLUSIVE: tl.constexpr, MODE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """The factors of a channel decay `log_D [C, D]`, whose exponents are sums from or to the fourth of each eight.
+
+    Returns: the sums at each eight's fourth and last token, about, `ref` and `end [C / 8, D]`; `exp(G - ref)`, its inverse,
+    and the correction's `exp(G' - ref)` with `G'` exclusive or not; the whole block's sum `[D]`; `exp(ref)` and
+    `exp(G_last - ref)`. All without a note `[C, D]`.
+    """
+    G = tl.cumsum(log_D, 0)
+    ref = snapped(eighth(G, 3, C, D), MODE)
+    end = snapped(eighth(G, 7, C, D), MODE)
+    x = G - spread(ref, C, D)
+    a = exponential(x, MODE)
+    ax = a
+    if EXCLUSIVE:
+        ax = exponential(exclusive(G, log_D, MODE, C) - spread(ref, C, D), MODE)
+    last = tl.sum(log_D, 0)
+    up = spread(exponential(ref, MODE), C, D)
+    down = spread(exponential(last[None, :] - ref, MODE), C, D)
+    return ref, end, a, exponential(-x, MODE), ax, last, up, down
+
+
+@triton.jit
+def scalar_factors(log_D, EXCLUSIVE: tl.constexpr, MODE: tl.constexpr, C: tl.constexpr):
+    """The factors of a scalar decay `log_D [C]`.
+
+    Returns: the whole block's sum; `exp(G)`, `exp(G')` and `exp(G_last - G)`, `[C, 1]`; `exp(G_i - G_j)` and
+    `exp(G'_i - G_j)`, of use for pairs in which i is the later token, `[C, C]`.
+    """
+    G = tl.cumsum(log_D, 0)
+    Gx = G
+    if EXCLUSIVE:
+        Gx = exclusive(G, log_D, MODE, C)
+    last = tl.sum(log_D, 0)
+    up = exponential(G, MODE)[:, None]
+    ux = exponential(Gx, MODE)[:, None]
+    down = exponential(tl.minimum(last - G, 0.0), MODE)[:, None]
+    pairs = exponential(tl.minimum(G[:, None] - G[None, :], 0.0), MODE)
+    corrected = exponential(tl.minimum(Gx[:, None] - G[None, :], 0.0), MODE)
+    return last, up, ux, down, pairs, corrected

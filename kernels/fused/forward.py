@@ -1,156 +1,92 @@
-"""The forward kernel: one pass over the sequence, the state in registers. Mathematics: docs/recurrence.md.
+"""The forward pass: `prepare` and `scan`, window after window.
 
-Shapes: N sequences, T tokens, H key heads, HV value heads, C = 16 slots in a tile, K key dim, V value dim, L content
-chunk, r content rank.
+A block of tokens does the same to any state, so all blocks of a window are prepared at once, and little is serial. A
+sequence is one window; with a content gate a window is one content chunk, since only the outputs of a chunk say what
+decays the next one has.
+
+Shapes: HV value heads, V value dim, C slots in a block, N sequences, L content chunk.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-from hybridzoo.kernels.fused.tile import exclusive, inverse, load, load1, log_decay, masks, middles, mm, readout, row
+from hybridzoo.kernels.fused.config import cuts_of, options, power
+from hybridzoo.kernels.fused.launch import Launch, cuts, on_device, sizes
+from hybridzoo.kernels.fused.room import n_chunks, n_rows
+from hybridzoo.kernels.fused.scan import scan_kernel
+from hybridzoo.kernels.fused.scratch import new_blocks, places, prepare, window, window_blocks
+from hybridzoo.kernels.recurrence_op import Call
 
 
-@triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
-def forward_kernel(
-    q, k, v, g, z, e, w, down, up, S0, sum0, mean0, count0, cu,
-    o, S1, sum1, mean1, states, news, inverses, means, chunk_at,
-    T, scale, H, HV, K, V,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    FLOOR: tl.constexpr,
-):  # fmt: skip
-    """A program takes one head of one sequence, and BV of its value channels, from the first tile to the last."""
-    # Heads on the first axis, which may have 2^31 programs; the second has at most 65,535. int64, since a head of the
-    # last state can begin past 2^31 elements.
-    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    n, hv = head // HV, head % HV
-    h = hv // (HV // H)
-    start = n * T
-    length = T
-    tile_base = n * (tl.cdiv(T, 16) + (1 if CONTENT > 0 else 0))  # a content grid may cut off a first tile as well
-    if VARLEN:
-        start = tl.load(cu + n)
-        length = (tl.load(cu + n + 1) - start).to(tl.int32)
-        # An upper bound on the tiles before: a sequence's last may be open, and with a content grid its first too.
-        tile_base = start // 16 + (2 * n if CONTENT > 0 else n)
-    i = tl.arange(0, 16)
-    kc, vc, rc = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BR)
-    k_ok, v_ok, r_ok = kc < K, vc < V, rc < RANK
-    kv_at = kc[:, None] * V + vc[None, :]
-    kv_ok = k_ok[:, None] & v_ok[None, :]
-    S = tl.load(S0 + head * K * V + kv_at, mask=kv_ok, other=0.0)
-    same, lower, below = masks()
+def run(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the recurrence on a contiguous `call`: o, S, o_sum and o_mean, and with `save` a full `room`."""
+    o, S, o_sum, o_mean = (torch.empty_like(x) for x in (call.v, call.S, call.o_sum, call.o_mean))
+    ahead, scan = launches(call, room, save, o, S, o_sum, o_mean)
+    span, windows = windows_of(call, cuts_of(call, save).block)
+    with on_device(call.q):
+        prepare_window, scan_window = ahead.starter(), scan.starter()
+        goes_on: dict[str, Tensor] = {}
+        for at in range(windows):
+            prepare_window(**window(at * span, span))
+            scan_window(**window(at * span, span), **goes_on)
+            goes_on = {"S0": S, "sum0": o_sum, "mean0": o_mean}  # where the window before ended
+    return o, S, o_sum, o_mean
 
-    first, in_chunk = 0, 0
-    u = tl.zeros((BK,), tl.float32)
-    o_sum = tl.zeros((BV,), tl.float32)
-    o_mean = tl.zeros((BV,), tl.float32)
-    chunk_row = 0
-    if CONTENT > 0:
-        seen = tl.load(count0 + n)
-        first = seen % 16
-        in_chunk = seen // 16
-        chunk_row = tl.load(chunk_at + n)
-        o_sum = tl.load(sum0 + head * V + vc, mask=v_ok, other=0.0)
-        o_mean = tl.load(mean0 + head * V + vc, mask=v_ok, other=0.0)
-        U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + vc[None, :], mask=r_ok[:, None] & v_ok[None, :], other=0.0)
-        U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=k_ok[:, None] & r_ok[None, :], other=0.0)
-        u = readout(o_mean, U1, U2)
-        if SAVE:
-            tl.store(means + (chunk_row.to(tl.int64) * HV + hv) * V + vc, o_mean, mask=v_ok)
 
-    tiles = tl.cdiv(first + length, 16)
-    if length == 0:
-        tiles = 0
-    for tile in range(tiles):
-        place = tile * 16 - first + i
-        ok = (place >= 0) & (place < length)
-        pos = start + place
-        qt = load(q, pos, h, H, K, kc, ok, k_ok) * scale
-        kt = load(k, pos, h, H, K, kc, ok, k_ok)
-        vt = load(v, pos, hv, HV, V, vc, ok, v_ok)
-        if WRITE == 1:
-            vt = vt * load1(w, pos, hv, HV, ok)[:, None]
-        elif WRITE == 2:
-            vt = vt * load(w, pos, hv, HV, V, vc, ok, v_ok)
-        ek = kt
-        if CORRECT == 1:
-            ek = kt * load1(e, pos, hv, HV, ok)[:, None]
-        elif CORRECT == 2:
-            ek = kt * load(e, pos, hv, HV, K, kc, ok, k_ok)
+def windows_of(call: Call, C: int) -> tuple[int, int]:
+    """How many blocks of a sequence a window of the forward pass has, and how many windows there are."""
+    if call.chunk:
+        return call.chunk // C, n_chunks(call)
+    return -(-call.q.shape[1] // C), 1
 
-        if DECAY == 2 or ERASE:
-            log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, 16, BK)
-            G = tl.cumsum(log_D, 0)
-            Gx = G
-            if STORED and CORRECT > 0:
-                Gx = exclusive(G, log_D, EXACT, 16)
-            last = row(G, 15)[None, :]
-            middle, half = middles(G)
-            k_half, q_half = kt * tl.exp(half - G), qt * tl.exp(G - half)
-            k_middle = tl.where(i[:, None] < 8, kt * tl.exp(tl.minimum(middle - G, 0.0)), 0.0)
-            q_middle = tl.where(i[:, None] < 8, 0.0, qt * tl.exp(tl.minimum(G - middle, 0.0)))
-            P = tl.where(same, mm(q_half, tl.trans(k_half), MODE), mm(q_middle, tl.trans(k_middle), MODE))
-            if CORRECT > 0:
-                e_half = ek * tl.exp(Gx - half)
-                e_middle = tl.where(i[:, None] < 8, 0.0, ek * tl.exp(tl.minimum(Gx - middle, 0.0)))
-                A = tl.where(same, mm(e_half, tl.trans(k_half), MODE), mm(e_middle, tl.trans(k_middle), MODE))
-                ek = ek * tl.exp(Gx)
-            qt = qt * tl.exp(G)
-            kt = kt * tl.exp(last - G)
-            total = tl.exp(row(G, 15))[:, None]
-        elif DECAY == 1:
-            log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, 16, BK)
-            G = tl.cumsum(log_D, 0)
-            Gx = G
-            if STORED and CORRECT > 0:
-                Gx = exclusive(G, log_D, EXACT, 16)
-            last = tl.sum(log_D, 0)
-            P = mm(qt, tl.trans(kt), MODE) * tl.exp(tl.minimum(G[:, None] - G[None, :], 0.0))
-            if CORRECT > 0:
-                A = mm(ek, tl.trans(kt), MODE) * tl.exp(tl.minimum(Gx[:, None] - G[None, :], 0.0))
-                ek = ek * tl.exp(Gx)[:, None]
-            qt = qt * tl.exp(G)[:, None]
-            kt = kt * tl.exp(last - G)[:, None]
-            total = tl.exp(last)
-        else:
-            P = mm(qt, tl.trans(kt), MODE)
-            if CORRECT > 0:
-                A = mm(ek, tl.trans(kt), MODE)
 
-        N = vt
-        if CORRECT > 0:
-            X = inverse(tl.where(below, A, 0.0), EXACT, EXACT, 16)
-            N = mm(X, vt - mm(ek, S, MODE), MODE)
-        out = mm(qt, S, MODE) + mm(tl.where(lower, P, 0.0), N, MODE)
-        tl.store(o + (pos[:, None].to(tl.int64) * HV + hv) * V + vc[None, :], out, mask=ok[:, None] & v_ok[None, :])
-        if SAVE:
-            slot = (tile_base + tile).to(tl.int64) * HV + hv
-            tl.store(states + slot * K * V + kv_at, S, mask=kv_ok)
-            if CORRECT > 0:
-                tl.store(news + (slot * 16 + i[:, None]) * V + vc[None, :], N, mask=v_ok[None, :])
-                if block == 0:
-                    tl.store(inverses + (slot * 16 + i[:, None]) * 16 + i[None, :], X)
-        if DECAY > 0 or ERASE:
-            S = S * total
-        S += mm(tl.trans(kt), N, MODE)
-
-        if CONTENT > 0:
-            o_sum += tl.sum(out, 0)
-            in_chunk += 1
-            if in_chunk == CONTENT // 16 and (tile + 1) * 16 - first <= length:
-                in_chunk = 0
-                chunk_row += 1
-                o_mean = o_sum / CONTENT
-                o_sum = tl.zeros((BV,), tl.float32)
-                u = readout(o_mean, U1, U2)
-                if SAVE:
-                    tl.store(means + (chunk_row.to(tl.int64) * HV + hv) * V + vc, o_mean, mask=v_ok)
-
-    tl.store(S1 + head * K * V + kv_at, S, mask=kv_ok)
-    if CONTENT > 0:
-        tl.store(sum1 + head * V + vc, o_sum, mask=v_ok)
-        tl.store(mean1 + head * V + vc, o_mean, mask=v_ok)
+def launches(
+    call: Call, room: list[Tensor], save: bool, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor
+) -> tuple[Launch, Launch]:
+    """The two kernels, as the first window starts them."""
+    states, news, inverses, readouts = room
+    HV, V, corrected = call.v.shape[2], call.v.shape[3], call.correct is not None
+    cut = cuts_of(call, save)
+    span, _ = windows_of(call, cut.block)
+    where = places(call, cut.block)
+    blocks = window_blocks(call, cut.block, span)
+    if not save:
+        inverses = states.new_empty(blocks if corrected else 0, HV, cut.block, cut.block)
+        readouts = call.q.new_empty(n_rows(call), HV, V + call.q.shape[3], dtype=torch.float32)
+    if where.rows is not None:
+        readouts[where.rows, :, :V] = call.o_mean
+    # Where nothing is corrected U is N, which the backward pass reads.
+    U = news if save and not corrected else states.new_empty(blocks, HV, cut.block, V)
+    made = new_blocks(call, cut, blocks, U)
+    ahead = prepare(call, cut, where, made, inverses if corrected else None, readouts, span, keep=save, again=False)
+    scan = Launch(
+        scan_kernel,
+        (call.S.shape[0] * HV, triton.cdiv(V, cut.scan_v)),
+        {
+            **made._asdict(),
+            **{"S0": call.S, "sum0": call.o_sum, "mean0": call.o_mean},
+            **{"S1": S, "sum1": o_sum, "mean1": o_mean},
+            **{"count0": where.count0, "cu": where.cu, "rows": where.rows},
+            "o": o,
+            "states": states,
+            "news": news if corrected else None,
+            "readouts": readouts if call.chunk else None,
+            **window(0, span),
+            **sizes(call, "T", "HV", "K", "V"),
+        },
+        {
+            **cuts(call),
+            "C": cut.block,
+            "BK": power(call.q.shape[3]),
+            "BV": cut.scan_v,
+            "DECAYS": made.total is not None,
+            "CORRECT": corrected,
+            "SAVE": save,
+            "STAGES": cut.scan_stages,
+        },
+        options(cut.scan_warps, cut.scan_stages),
+    )
+    return ahead, scan

@@ -1,9 +1,11 @@
-"""The gradients of keys, queries, corrections and decays, all blocks at once, from those of products and of states.
+"""The gradients of keys, queries, corrections and decays, a window at once, from those of products and of states.
 
 Every exponent is a sum of log-decays from one place to another, so a place's share of its gradient is
-`q q^ + (e k)(e k)^ - k k^`, and a token's own is the sum over the places after it.
+`q q^ + (e k)(e k)^ - k k^`, and a token's own is the sum over the places after it. What two places share cancels in that
+sum only if both read the same numbers: factors as products round them.
 
-Shapes: C slots in a block, K key dim, D channels at a time, H key heads, HV value heads, T tokens.
+Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
+N sequences, L content chunk.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.blocks import eighth, far_factors, place, spread
-from hybridzoo.kernels.fused.tile import exclusive, exponential, load, load1, log_decay, mm, store
+from hybridzoo.kernels.fused.blocks import channel_factors, far_factors, scalar_factors
+from hybridzoo.kernels.fused.places import block
+from hybridzoo.kernels.fused.tile import l2_factors, load, load1, log_decay, mm, operand, store
 
 
 @triton.jit
@@ -35,23 +38,42 @@ def far_back(d_qa, d_ea, d_kb, dP, dA, qa, ea, kb, ref, end, SPAN: tl.constexpr,
     return d_qa, d_ea, d_kb
 
 
-@triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
+@triton.jit
+def through_norm(d, x, factor, along, pos, h, H, hv, HV, K, kc, ok, k_ok):
+    """Turn the gradient of `y = factor x` in `d`, with `along = sum y y^`, into that of x: `factor (y^ - y along)`."""
+    y = load(x, pos, h, H, K, kc, ok, k_ok) * factor
+    store(d, factor * (load(d, pos, hv, HV, K, kc, ok, k_ok) - y * along), pos, hv, HV, K, kc, ok, k_ok)
+
+
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def key_gradients_kernel(
-    q, k, g, z, e, table, dP, dA, d_qE, d_kZ, d_eE, d_total, dq, dk, dg, dz, de, T, scale, H, HV, K,
+    q, k, g, z, e, owners, cu, count0, readouts, rows, dP, dA, d_qE, d_kZ, d_eE, d_total, dq, dk, dg, dz, de, du_blocks,
+    T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr,
-    VARLEN: tl.constexpr, MODE: tl.constexpr, FLOOR: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr, CONTENT: tl.constexpr,
+    NORM: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """One program a block and value head."""
-    block, hv = tl.program_id(0), tl.program_id(1)
+    EXCLUSIVE: tl.constexpr = STORED and CORRECT > 0
+    hv = tl.program_id(1)
     h = hv // (HV // H)
+    n, at, _, pos, ok, _, slot, live = block(owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN)
+    du_at = (tl.program_id(0) * HV + hv).to(tl.int64) * K
+    if not live:
+        if CONTENT > 0:
+            none = tl.arange(0, BK)
+            tl.store(du_blocks + du_at + none, tl.zeros((BK,), tl.float32), mask=none < K)
+        return
+    slot = slot * HV + hv
     i = tl.arange(0, C)
-    start, length = place(table, block, T, C, VARLEN)
-    ok = i < length
-    pos = start + i
     r, c = i[:, None], i[None, :]
-    slot = block.to(tl.int64) * HV + hv
-    in_block = r < C
+    if CONTENT > 0:
+        row = ((tl.load(rows + n) + at * C // CONTENT).to(tl.int64) * HV + hv) * (V + K) + V
+    if NORM:
+        rq, rk = l2_factors(q, k, pos, h, H, K, ok, C, BK, D)
+        rq, rk = rq[:, None], rk[:, None]
+        along_q = tl.zeros((C,), tl.float32)
+        along_k = tl.zeros((C,), tl.float32)
 
     dPt = tl.load(dP + (slot * C + r) * C + c).to(tl.float32)
     dAt = tl.zeros((C, C), tl.float32)
@@ -63,13 +85,9 @@ def key_gradients_kernel(
     dPt = tl.where(r > c, dPt, 0.0)
     if DECAY == 1 and not ERASE:
         log_D, logit = log_decay(g, z, pos, ok, hv, HV, K, i, ok, i, DECAY, ERASE, FLOOR, C, C)
-        G = tl.cumsum(log_D, 0)
-        Gx = G
-        if STORED and CORRECT > 0:
-            Gx = exclusive(G, log_D, MODE, C)
-        last = tl.sum(log_D, 0)
-        dPt = dPt * exponential(tl.minimum(G[:, None] - G[None, :], 0.0), MODE)
-        dAt = dAt * exponential(tl.minimum(Gx[:, None] - G[None, :], 0.0), MODE)
+        last, up, ux, down, pairs, corrected = scalar_factors(log_D, EXCLUSIVE, MODE, C)
+        dPt = dPt * pairs
+        dAt = dAt * corrected
         d_G = tl.zeros((C,), tl.float32)
         d_x = tl.zeros((C,), tl.float32)
         d_end = tl.sum(tl.zeros((C,), tl.float32), 0)
@@ -83,7 +101,7 @@ def key_gradients_kernel(
         kc = d + tl.arange(0, D)
         k_ok = kc < K
         ck_at = (slot * C + r) * K + kc[None, :]
-        ck_ok = k_ok[None, :] & in_block
+        ck_ok = k_ok[None, :]
         x_q = tl.load(d_qE + ck_at, mask=ck_ok, other=0.0).to(tl.float32)
         x_k = tl.load(d_kZ + ck_at, mask=ck_ok, other=0.0).to(tl.float32)
         x_e = tl.zeros((C, D), tl.float32)
@@ -93,6 +111,9 @@ def key_gradients_kernel(
             d_last = tl.load(d_total + slot * K + kc, mask=k_ok, other=0.0)
         qt = load(q, pos, h, H, K, kc, ok, k_ok) * scale
         kt = load(k, pos, h, H, K, kc, ok, k_ok)
+        if NORM:
+            qt = qt * rq
+            kt = kt * rk
         ek = kt
         if CORRECT == 1:
             ek = kt * et
@@ -100,21 +121,12 @@ def key_gradients_kernel(
             ec = load(e, pos, hv, HV, K, kc, ok, k_ok)
             ek = kt * ec
         if DECAY == 2 or ERASE:
-            zero = tl.zeros((D,), tl.float32)
-            log_D, logit = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, zero, DECAY, ERASE, FLOOR, C, D)
-            G = tl.cumsum(log_D, 0)
-            ref = eighth(G, 3, C, D)
-            end = eighth(G, 7, C, D)
-            x = G - spread(ref, C, D)
-            a = exponential(x, MODE)
-            b = exponential(-x, MODE)
-            ax = a
-            if STORED and CORRECT > 0:
-                ax = exponential(exclusive(G, log_D, MODE, C) - spread(ref, C, D), MODE)
-            qa, kb, ea = qt * a, kt * b, ek * ax
-            last = tl.sum(log_D, 0)
-            up = spread(exponential(ref, MODE), C, D)
-            down = spread(exponential(tl.minimum(last[None, :] - ref, 0.0), MODE), C, D)
+            u = tl.zeros((D,), tl.float32)
+            if CONTENT > 0:
+                u = tl.load(readouts + row + kc, mask=k_ok, other=0.0)
+            log_D, logit = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, C, D)
+            ref, end, a, b, ax, last, up, down = channel_factors(log_D, EXCLUSIVE, MODE, C, D)
+            qa, kb, ea = operand(qt * a, MODE), operand(kt * b, MODE), operand(ek * ax, MODE)
             d_last += tl.sum(kb * down * x_k, 0)
             near = (r // 8) == (c // 8)
             p = tl.where(near, dPt, 0.0)
@@ -130,14 +142,10 @@ def key_gradients_kernel(
                 d_qa, d_ea, d_kb = far_back(
                     d_qa, d_ea, d_kb, dPt, dAt, qa, ea, kb, ref, end, 32, CORRECT > 0, MODE, C, D
                 )
+            share, predicted = qa * d_qa - kb * d_kb, ea * d_ea
             dqt, dkt, dek = d_qa * a, d_kb * b, d_ea * ax
         else:
             if DECAY == 1:
-                up, ux, down = (
-                    exponential(G, MODE)[:, None],
-                    exponential(Gx, MODE)[:, None],
-                    exponential(tl.minimum(last - G, 0.0), MODE)[:, None],
-                )
                 d_end += tl.sum(d_last, 0) + tl.sum(tl.sum(kt * down * x_k, 0), 0)
                 x_q, x_k, x_e = x_q * up, x_k * down, x_e * ux
             dqt = x_q + mm(dPt, kt, MODE)
@@ -146,25 +154,29 @@ def key_gradients_kernel(
             if CORRECT > 0:
                 dek += mm(dAt, kt, MODE)
                 dkt += mm(tl.trans(dAt), ek, MODE)
+            share, predicted = operand(qt, MODE) * dqt - operand(kt, MODE) * dkt, operand(ek, MODE) * dek
         if DECAY > 0 or ERASE:
-            share = qt * dqt - kt * dkt
             if CORRECT > 0 and not STORED:
-                share += ek * dek
+                share += predicted
             if DECAY == 2 or ERASE:
                 d_log = tl.cumsum(share, 0, reverse=True) + d_last[None, :]
                 if CORRECT > 0 and STORED:
-                    d_log += tl.cumsum(ek * dek, 0, reverse=True) - ek * dek
+                    d_log += tl.cumsum(predicted, 0, reverse=True) - predicted
                 d_log = tl.where(log_D > FLOOR, d_log, 0.0)
                 if DECAY == 2:
                     store(dg, d_log, pos, hv, HV, K, kc, ok, k_ok)
                 elif DECAY == 1:
                     d_g += tl.sum(d_log, 1)
                 if ERASE:
-                    store(dz, -d_log * tl.sigmoid(logit), pos, hv, HV, K, kc, ok, k_ok)
+                    d_logit = -d_log * tl.sigmoid(logit)
+                    store(dz, d_logit, pos, hv, HV, K, kc, ok, k_ok)
+                    if CONTENT > 0:
+                        du = tl.sum(tl.where(ok[:, None], d_logit, 0.0), 0)
+                        tl.store(du_blocks + du_at + kc, du, mask=k_ok)
             else:
                 d_G += tl.sum(share, 1)
                 if CORRECT > 0 and STORED:
-                    d_x += tl.sum(ek * dek, 1)
+                    d_x += tl.sum(predicted, 1)
         dqt += d_self * kt
         dkt += d_self * qt
         if CORRECT == 1:
@@ -175,6 +187,9 @@ def key_gradients_kernel(
             dkt += ec * dek
         store(dq, dqt * scale, pos, hv, HV, K, kc, ok, k_ok)
         store(dk, dkt, pos, hv, HV, K, kc, ok, k_ok)
+        if NORM:
+            along_q += tl.sum(qt * dqt, 1)
+            along_k += tl.sum(kt * dkt, 1)
 
     if DECAY == 1:
         if not ERASE:
@@ -183,3 +198,9 @@ def key_gradients_kernel(
         tl.store(dg + pos.to(tl.int64) * HV + hv, d_g, mask=ok)
     if CORRECT == 1:
         tl.store(de + pos.to(tl.int64) * HV + hv, d_e, mask=ok)
+    if NORM:
+        tl.debug_barrier()  # another thread reads a place than has written it
+        for d in range(0, BK, D):
+            kc = d + tl.arange(0, D)
+            through_norm(dq, q, rq, along_q[:, None], pos, h, H, hv, HV, K, kc, ok, kc < K)
+            through_norm(dk, k, rk, along_k[:, None], pos, h, H, hv, HV, K, kc, ok, kc < K)

@@ -1,20 +1,22 @@
-"""What both ways of running the Triton kernels start with: a launch, its constants, and a call as kernels read it.
+"""What the two passes over a sequence start with: a launch, its constants, and a call as the kernels read it.
 
-Nothing here, nor in single_pass.py and staged.py, waits for the device.
+Nothing here, nor in forward.py and backward.py, waits for the device.
 
-Shapes: B batch, T time, P parts that a gradient is summed of.
+Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts
-from hybridzoo.kernels.recurrence_op import Call
+from hybridzoo.kernels.fused.config import power
+from hybridzoo.kernels.recurrence_op import N_TENSORS, Call
 
 # The least log-decay of a token and key channel; below it the gradient is zero. exp(-20) is 2e-9.
 FLOOR = -20.0
@@ -26,6 +28,12 @@ MODES = {
 }
 
 
+# What a kernel is not specialised on: lengths and windows. Every kernel names them so.
+FREE = frozenset(("T", "first", "count", "origin", "span"))
+# Kernels that were compiled, by all that Triton would compile them anew for.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 class Launch(NamedTuple):
     """A kernel with all that it is started with: `arguments` first, then `constants`, then the compiler's options."""
 
@@ -35,12 +43,48 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
 
-    def start(self, device: torch.device) -> None:
-        """Queue the kernel on `device`, which need not be the current one."""
-        if 0 in self.grid:
-            return
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+    def starter(self) -> Callable[..., None]:
+        """Return a function that queues the kernel on the current device, as often as it is called.
+
+        What it is called with replaces arguments from then on: numbers in FREE, and tensors of the same dtype. Triton
+        takes 50 microseconds to see that it has compiled a kernel before, and a quarter of that to start one that it is
+        handed; a small call waits for that.
+        """
+        given = {**self.arguments, **self.constants}
+        key: list[Any] = [id(self.kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else None]
+        values: list[Any] = []  # tensors as their addresses, which spares the launcher to ask for them
+        for name in self.kernel.arg_names:
+            x = given[name]
+            if isinstance(x, Tensor):
+                address = x.data_ptr()
+                values.append(address)
+                key += (x.dtype, address % 16)
+                continue
+            values.append(x)
+            if name in self.constants:
+                key.append(x)
+            elif name not in FREE:  # what Triton sees in a number
+                key += (x == 1, x % 16 == 0, x >= 2**31) if isinstance(x, int) else (type(x),)
+        known = (*key, *self.options.values())
+        order = {name: i for i, name in enumerate(self.kernel.arg_names) if name in self.arguments}
+
+        def start(**changes: Any) -> None:
+            if 0 in self.grid:
+                return
+            given.update(changes)
+            for name, x in changes.items():
+                values[order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
+            if (made := _compiled.get(known)) is not None:
+                made[(*self.grid, 1)](*values)
+            elif (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
+                _compiled[known] = made
+
+        return start
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the device of `x` the current one, which launches go to."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def kind(gate: Tensor | None) -> int:
@@ -55,16 +99,34 @@ def flags(call: Call) -> dict[str, Any]:
         "ERASE": call.erase_logits is not None,
         "CORRECT": kind(call.correct),
         "STORED": call.stored,
-        "VARLEN": call.cu_seqlens is not None,
-        "MODE": MODES[call.q.dtype][0],
+        "NORM": call.qk_norm,
         "FLOOR": FLOOR,
+        **cuts(call),
     }
+
+
+def cuts(call: Call) -> dict[str, Any]:
+    """What the compiler knows of a call in every kernel: how sequences are cut, and the precision of products."""
+    return {"CONTENT": call.chunk, "VARLEN": call.cu_seqlens is not None, "MODE": MODES[call.q.dtype][0]}
+
+
+def rank(call: Call) -> dict[str, int]:
+    """The content gate's rank, for the kernels that read its pair."""
+    r = 1 if call.down is None else call.down.shape[1]
+    return {"RANK": r, "BR": power(r)}
+
+
+def sizes(call: Call, *names: str) -> dict[str, int]:
+    """The sizes of a call by name."""
+    (_, T, H, K), (HV, V) = call.q.shape, call.v.shape[2:]
+    every = {"T": T, "H": H, "HV": HV, "K": K, "V": V}
+    return {name: every[name] for name in names}
 
 
 def contiguous(call: Call) -> Call:
     """The call as the kernels read it: dense tensors, and the content pair in float32."""
-    dense = [None if x is None else x.contiguous() for x in call[:14]]
-    call = Call(*dense, *call[14:])  # type: ignore[arg-type, call-arg]
+    dense = [None if x is None else x.contiguous() for x in call[:N_TENSORS]]
+    call = Call(*dense, *call[N_TENSORS:])  # type: ignore[arg-type, call-arg]
     if call.down is None or call.up is None:
         return call
     return call._replace(down=call.down.float(), up=call.up.float())
@@ -78,12 +140,3 @@ def check_values(call: Call) -> None:
         check_counts(call.count.tolist(), call.chunk)
     if call.cu_seqlens is not None:
         check_bounds(call.cu_seqlens.tolist(), call.q.shape[1])
-
-
-def joined(d: Tensor | None, like: Tensor | None, group: int = 1) -> Tensor | None:
-    """Sum a gradient `[P, B, T, heads, ...]` over its parts, and over the value heads that share a key head."""
-    if d is None or like is None:
-        return None
-    if group > 1:
-        return d.unflatten(3, (-1, group)).sum((0, 4)).to(like.dtype)
-    return d[0] if d.shape[0] == 1 else d.sum(0).to(like.dtype)

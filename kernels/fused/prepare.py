@@ -1,9 +1,10 @@
-"""What a block of tokens does to the state, without knowing the state: all blocks at once.
+"""What a block of tokens does to the state, without knowing the state: all blocks of a window at once.
 
 With `X = (I + A)^-1`: `W = X (e k exp(G'))`, `U = X (w v)`, and `P`, `q exp(G)`, `k exp(G_last - G)`, `exp(G_last)`. A
-second run, for the backward pass (AGAIN), takes the X that the first one left, and leaves U out.
+second run, for the backward pass (AGAIN), takes the X and the content readout that the first one left, and leaves U out.
 
-Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens.
+Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
+N sequences, L content chunk, r content rank.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.blocks import eighth, far_factors, place, spread
-from hybridzoo.kernels.fused.tile import exclusive, exponential, inverse, load, load1, log_decay, mm
+from hybridzoo.kernels.fused.blocks import channel_factors, far_factors, scalar_factors
+from hybridzoo.kernels.fused.places import block
+from hybridzoo.kernels.fused.tile import exponential, inverse, l2_factors, load, load1, log_decay, mm, squash
 
 
 @triton.jit
@@ -29,75 +31,83 @@ def far(P, A, qa, ea, kb, ref, end, SPAN: tl.constexpr, CORRECTED: tl.constexpr,
     return P, A
 
 
-@triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def prepare_kernel(
-    q, k, v, g, z, e, w, table, W, U, qE, kZ, P, X, total, T, scale, H, HV, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr,
+    q, k, v, g, z, e, w, down, up, owners, cu, count0, readouts, rows,
+    W, U, qE, kZ, P, X, total, T, first, count, origin, span, scale, H, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    VARLEN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr, FLOOR: tl.constexpr,
-    AGAIN: tl.constexpr,
+    CONTENT: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr,
+    MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """One program a block and value head."""
     SOLVE: tl.constexpr = CORRECT > 0 and not AGAIN
-    block, hv = tl.program_id(0), tl.program_id(1)
+    EXCLUSIVE: tl.constexpr = STORED and CORRECT > 0
+    hv = tl.program_id(1)
     h = hv // (HV // H)
+    n, at, leads, pos, ok, kept, slot, live = block(
+        owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN
+    )
+    if not live:
+        return
+    kept = kept * HV + hv
+    slot = slot * HV + hv
+    x_slot = kept if KEEP or AGAIN else slot
+    u_slot = kept if KEEP and CORRECT == 0 else slot  # where nothing is corrected U is N, which the backward pass reads
     i = tl.arange(0, C)
-    start, length = place(table, block, T, C, VARLEN)
-    ok = i < length
-    pos = start + i
     r, c = i[:, None], i[None, :]
-    slot = block.to(tl.int64) * HV + hv
-    cc_at = (slot * C + r) * C + c
     A = tl.zeros((C, C), tl.float32)
     Pt = tl.zeros((C, C), tl.float32)
     et = tl.full((C,), 1.0, tl.float32)
     if CORRECT == 1:
         et = load1(e, pos, hv, HV, ok)
+    if NORM:
+        rq, rk = l2_factors(q, k, pos, h, H, K, ok, C, BK, D)
     if DECAY == 1 and not ERASE:
         log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, i, ok, i, DECAY, ERASE, FLOOR, C, C)
-        G = tl.cumsum(log_D, 0)
-        Gx = G
-        if STORED and CORRECT > 0:
-            Gx = exclusive(G, log_D, MODE, C)
-        last = tl.sum(log_D, 0)
-        up = exponential(G, MODE)[:, None]
-        ux = exponential(Gx, MODE)[:, None]
-        down = exponential(tl.minimum(last - G, 0.0), MODE)[:, None]
+        last, up_s, ux_s, down_s, pairs, corrected = scalar_factors(log_D, EXCLUSIVE, MODE, C)
+    if CONTENT > 0:
+        row = ((tl.load(rows + n) + at * C // CONTENT).to(tl.int64) * HV + hv) * (V + K)
+        if not AGAIN:
+            rc, every = tl.arange(0, BR), tl.arange(0, BV)
+            rv_ok = (rc < RANK)[:, None] & (every < V)[None, :]
+            mean = tl.load(readouts + row + every, mask=every < V, other=0.0)
+            U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + every[None, :], mask=rv_ok, other=0.0)
+            hidden = squash(mean, U1)
 
     for d in range(0, BK, D):
         kc = d + tl.arange(0, D)
         k_ok = kc < K
         ck_at = (slot * C + r) * K + kc[None, :]
-        ck_ok = k_ok[None, :] & (r < C)
+        ck_ok = k_ok[None, :]
         qt = load(q, pos, h, H, K, kc, ok, k_ok) * scale
         kt = load(k, pos, h, H, K, kc, ok, k_ok)
+        if NORM:
+            qt = qt * rq[:, None]
+            kt = kt * rk[:, None]
         ek = kt
         if CORRECT == 1:
             ek = kt * et[:, None]
         elif CORRECT == 2:
             ek = kt * load(e, pos, hv, HV, K, kc, ok, k_ok)
         if DECAY == 2 or ERASE:
-            zero = tl.zeros((D,), tl.float32)
-            log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, zero, DECAY, ERASE, FLOOR, C, D)
-            G = tl.cumsum(log_D, 0)
-            ref = eighth(G, 3, C, D)
-            end = eighth(G, 7, C, D)
-            x = G - spread(ref, C, D)
-            qa = qt * exponential(x, MODE)
-            kb = kt * exponential(-x, MODE)
-            ea = ek
-            if CORRECT > 0:
-                if STORED:
-                    ea = ek * exponential(exclusive(G, log_D, MODE, C) - spread(ref, C, D), MODE)
+            u = tl.zeros((D,), tl.float32)
+            if CONTENT > 0:
+                if AGAIN:
+                    u = tl.load(readouts + row + V + kc, mask=k_ok, other=0.0)
                 else:
-                    ea = ek * exponential(x, MODE)
-            last = tl.sum(log_D, 0)
-            up = spread(exponential(ref, MODE), C, D)
-            tl.store(qE + ck_at, qa * up, mask=ck_ok)
-            tl.store(kZ + ck_at, kb * spread(exponential(tl.minimum(last[None, :] - ref, 0.0), MODE), C, D), mask=ck_ok)
+                    kr_ok = k_ok[:, None] & (rc < RANK)[None, :]
+                    U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=kr_ok, other=0.0)
+                    u = tl.sum(U2 * hidden[None, :], 1)
+                    tl.store(readouts + row + V + kc, u, mask=k_ok & leads)  # for the backward pass
+            log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, C, D)
+            ref, end, a, b, ax, last, up_c, down_c = channel_factors(log_D, EXCLUSIVE, MODE, C, D)
+            qa, kb, ea = qt * a, kt * b, ek * ax
+            tl.store(qE + ck_at, qa * up_c, mask=ck_ok)
+            tl.store(kZ + ck_at, kb * down_c, mask=ck_ok)
             tl.store(total + slot * K + kc, exponential(last, MODE), mask=k_ok)
             if CORRECT > 0:
-                tl.store(W + ck_at, ea * up, mask=ck_ok)
+                tl.store(W + ck_at, ea * up_c, mask=ck_ok)
             same = (r // 8) == (c // 8)
             column = tl.trans(kb)
             Pt += tl.where(same, mm(qa, column, MODE), 0.0)
@@ -111,9 +121,7 @@ def prepare_kernel(
             if SOLVE:
                 A += mm(ek, tl.trans(kt), MODE)
             if DECAY == 1:
-                qt = qt * up
-                ek = ek * ux
-                kt = kt * down
+                qt, ek, kt = qt * up_s, ek * ux_s, kt * down_s
                 tl.store(total + slot * K + kc, exponential(last, MODE) + tl.zeros((D,), tl.float32), mask=k_ok)
             tl.store(qE + ck_at, qt, mask=ck_ok)
             tl.store(kZ + ck_at, kt, mask=ck_ok)
@@ -121,21 +129,22 @@ def prepare_kernel(
                 tl.store(W + ck_at, ek, mask=ck_ok)
 
     if DECAY == 1 and not ERASE:
-        Pt = Pt * exponential(tl.minimum(G[:, None] - G[None, :], 0.0), MODE)
+        Pt = Pt * pairs
         if SOLVE:
-            A = A * exponential(tl.minimum(Gx[:, None] - G[None, :], 0.0), MODE)
-    tl.store(P + cc_at, tl.where(r >= c, Pt, 0.0))
+            A = A * corrected
+    tl.store(P + (slot * C + r) * C + c, tl.where(r >= c, Pt, 0.0))
     if CORRECT > 0:
+        x_at = (x_slot * C + r) * C + c
         if SOLVE:
             Xt = inverse(tl.where(r > c, A, 0.0), EXACT, MERGE, C)
-            tl.store(X + cc_at, Xt)
+            tl.store(X + x_at, Xt)
         else:
-            Xt = tl.load(X + cc_at).to(tl.float32)
+            Xt = tl.load(X + x_at).to(tl.float32)
         tl.debug_barrier()  # W holds e k exp(G') so far, and another thread reads a place than has written it
         for d in range(0, BK, D):
             kc = d + tl.arange(0, D)
             ck_at = (slot * C + r) * K + kc[None, :]
-            ck_ok = (kc < K)[None, :] & (r < C)
+            ck_ok = (kc < K)[None, :]
             ek = tl.load(W + ck_at, mask=ck_ok, other=0.0)
             tl.debug_barrier()
             tl.store(W + ck_at, mm(Xt, ek, MODE), mask=ck_ok)
@@ -150,4 +159,4 @@ def prepare_kernel(
                 vt = vt * load(w, pos, hv, HV, V, vc, ok, v_ok)
             if CORRECT > 0:
                 vt = mm(Xt, vt, MODE)
-            tl.store(U + (slot * C + r) * V + vc[None, :], vt, mask=v_ok[None, :] & (r < C))
+            tl.store(U + (u_slot * C + r) * V + vc[None, :], vt, mask=v_ok[None, :])

@@ -1,9 +1,11 @@
-"""The serial part of the forward pass: the state goes through the prepared blocks.
+"""The serial part of the forward pass: the state goes through the prepared blocks of a window.
 
 `N = U - W S`, `O = (q exp(G)) S + P N`, `S <- exp(G_last) S + (k exp(G_last - G))^T N`. The state is held
 as `S^T [V, K]`: then a row of every product belongs to a row of S^T, and no warp needs another's part.
 
-Shapes: C slots in a block, K key dim, V value dim, HV value heads, T tokens.
+With a content gate a window is one content chunk, and ends in the mean of its outputs, which the next chunk reads.
+
+Shapes: C slots in a block, K key dim, V value dim, HV value heads, T tokens, N sequences, L content chunk.
 """
 
 from __future__ import annotations
@@ -11,20 +13,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.blocks import sequence
+from hybridzoo.kernels.fused.places import grid_ends, scratch_slot, sequence
 from hybridzoo.kernels.fused.tile import mm
 
 
-@triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def scan_kernel(
-    W, U, qE, kZ, P, total, S0, cu, o, S1, states, news, T, HV, K, V,
+    W, U, qE, kZ, P, total, S0, sum0, mean0, count0, cu, o, S1, sum1, mean1, states, news, readouts, rows,
+    T, first, count, origin, span, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
-    VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
+    CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, value head and part of its value channels."""
+    """One program a sequence, value head and part of its value channels; it leaves the state where the next window is
+    to find it."""
     head, part = tl.program_id(0), tl.program_id(1)
     n, hv = head // HV, head % HV
-    start, length, base = sequence(cu, n, T, C, VARLEN)
+    start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
+    begin, end = grid_ends(seen, length, C)
+    lo, hi = tl.maximum(first, begin), tl.minimum(first + count, end)
+    if first > 0 and lo >= hi:  # an earlier window has seen the last token
+        return
     i = tl.arange(0, C)
     kc, vc = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     k_ok, v_ok = kc < K, vc < V
@@ -32,30 +40,42 @@ def scan_kernel(
     vk_ok = v_ok[:, None] & k_ok[None, :]
     ends_at = head.to(tl.int64) * K * V + kc[None, :] * V + vc[:, None]
     S = tl.load(S0 + ends_at, mask=vk_ok, other=0.0)
-    kT_ok = k_ok[:, None] & (i[None, :] < C)
-    for at in tl.range(tl.cdiv(length, C), num_stages=STAGES):
-        slot = (base + at).to(tl.int64) * HV + hv
+    o_sum = tl.zeros((BV,), tl.float32)
+    for at in tl.range(lo, hi, num_stages=STAGES):
+        slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
+        kept = (base + at - begin).to(tl.int64) * HV + hv
         kT_at = (slot * C + i[None, :]) * K + kc[:, None]
-        vT_at = (slot * C + i[None, :]) * V + vc[:, None]
+        u_at = ((kept if SAVE and not CORRECT else slot) * C + i[None, :]) * V + vc[:, None]
         if SAVE:
-            tl.store(states + slot * K * V + vk_at, S, mask=vk_ok)
-        Ut = tl.load(U + vT_at, mask=v_ok[:, None] & (i[None, :] < C), other=0.0)
-        N = Ut.to(tl.float32)
+            tl.store(states + kept * K * V + vk_at, S, mask=vk_ok)
+        N = tl.load(U + u_at, mask=v_ok[:, None], other=0.0).to(tl.float32)
         if CORRECT:
-            N -= mm(S, tl.load(W + kT_at, mask=kT_ok, other=0.0), MODE)
-        out = mm(S, tl.load(qE + kT_at, mask=kT_ok, other=0.0), MODE)
-        Pt = tl.load(P + (slot * C + i[None, :]) * C + i[:, None])
-        out += mm(N, Pt, MODE)
-        place = at * C + i
+            N -= mm(S, tl.load(W + kT_at, mask=k_ok[:, None], other=0.0), MODE)
+        out = mm(S, tl.load(qE + kT_at, mask=k_ok[:, None], other=0.0), MODE)
+        out += mm(N, tl.load(P + (slot * C + i[None, :]) * C + i[:, None]), MODE)
+        place = at * C - seen + i
         tl.store(
             o + ((start + place)[None, :].to(tl.int64) * HV + hv) * V + vc[:, None],
             out,
-            mask=(place < length)[None, :] & v_ok[:, None],
+            mask=((place >= 0) & (place < length))[None, :] & v_ok[:, None],
         )
         if SAVE and CORRECT:
-            tl.store(news + vT_at, N, mask=v_ok[:, None] & (i[None, :] < C))
+            tl.store(news + (kept * C + i[None, :]) * V + vc[:, None], N, mask=v_ok[:, None])
         if DECAYS:
             S = S * tl.load(total + slot * K + kc, mask=k_ok, other=0.0)[None, :]
-        kt = tl.load(kZ + (slot * C + i[:, None]) * K + kc[None, :], mask=k_ok[None, :] & (i[:, None] < C), other=0.0)
-        S += mm(N, kt, MODE)
+        S += mm(N, tl.load(kZ + (slot * C + i[:, None]) * K + kc[None, :], mask=k_ok[None, :], other=0.0), MODE)
+        if CONTENT > 0:
+            o_sum += tl.sum(out, 1)
     tl.store(S1 + ends_at, S, mask=vk_ok)
+    if CONTENT > 0:
+        v_at = head.to(tl.int64) * V + vc
+        o_sum += tl.load(sum0 + v_at, mask=v_ok, other=0.0)
+        mean = tl.load(mean0 + v_at, mask=v_ok, other=0.0)
+        chunk = first * C // CONTENT
+        if seen + length >= (chunk + 1) * CONTENT:
+            mean = o_sum / CONTENT
+            o_sum = tl.zeros((BV,), tl.float32)
+            row = (tl.load(rows + n) + chunk + 1).to(tl.int64) * HV + hv
+            tl.store(readouts + row * (V + K) + vc, mean, mask=v_ok)
+        tl.store(sum1 + v_at, o_sum, mask=v_ok)
+        tl.store(mean1 + v_at, mean, mask=v_ok)

@@ -18,8 +18,6 @@ from hybridzoo.kernels.state import ContentGate
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE = 16  # tokens; head sizes and content chunks are multiples of it
 MAX_HEAD = 256
-# A content gate reads all value channels of a head at once, so one program holds the head's whole state.
-MAX_CONTENT_HEAD = 128
 MAX_RANK = 64
 
 
@@ -33,12 +31,9 @@ def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
     if content is not None:
         if content.chunk % TILE:
             return f"takes content chunks that are multiples of {TILE}, got {content.chunk}: use backend='torch'"
-        if max(K, V) > MAX_CONTENT_HEAD:
-            limit = f"takes head sizes up to {MAX_CONTENT_HEAD} with a content gate"
-            return f"{limit}, got K = {K} and V = {V}: use backend='torch'"
         if not 1 <= content.down.shape[1] <= MAX_RANK:
             return f"takes content ranks from 1 to {MAX_RANK}, got {content.down.shape[1]}: use backend='torch'"
-    return _device_refusal(q.device.type, q.device.index, shared_memory(K, V, content is not None, q.dtype))
+    return _device_refusal(q.device.type, q.device.index, shared_memory(K, V, q.dtype))
 
 
 @torch.compiler.assume_constant_result

@@ -2,15 +2,13 @@
 
 Device functions only. Every name in capitals is a `constexpr`.
 
-Shapes: C slots in a tile (16; 32 where blocks.py says so), K key dim, V value dim.
+Shapes: C slots in a tile of tokens, K key dim, V value dim, r content rank.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-C = tl.constexpr(16)
 
 
 @triton.jit
@@ -20,6 +18,17 @@ def mm(a, b, MODE: tl.constexpr):
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=MODE)
+
+
+@triton.jit
+def operand(x, MODE: tl.constexpr):
+    """`x` as `mm` rounds it, in float32."""
+    if MODE == "bf16":
+        return x.to(tl.bfloat16).to(tl.float32)
+    elif MODE == "tf32":
+        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
 
 
 @triton.jit
@@ -40,13 +49,6 @@ def store(ptr, value, pos, head, heads, dim, cols, rows_ok, cols_ok):
 def load1(ptr, pos, head, heads, rows_ok):
     """`x[pos, head]` of a contiguous `[tokens, heads]` as float32 `[C]`, 0 outside."""
     return tl.load(ptr + pos.to(tl.int64) * heads + head, mask=rows_ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def row(x, index):
-    """Row `index` of `x [C, K]`: `[K]`."""
-    i = tl.arange(0, 16)
-    return tl.sum(tl.where(i[:, None] == index, x, 0.0), 0)
 
 
 @triton.jit
@@ -118,25 +120,26 @@ def exclusive(G, log_D, MODE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def middles(G):
-    """References of pairs, given `G [16, K]`: the tile's middle `[1, K]`, and each half's own middle `[16, K]`."""
-    i = tl.arange(0, 16)
-    middle = row(G, 7)[None, :]
-    half = tl.where(i[:, None] < 8, row(G, 3)[None, :], row(G, 11)[None, :])
-    return middle, half
-
-
-@triton.jit
-def masks():
-    """Pairs within a half of the tile, `j <= i`, and `j < i`: three `[16, 16]`."""
-    i = tl.arange(0, 16)
-    r, c = i[:, None], i[None, :]
-    return (r // 8) == (c // 8), r >= c, r > c
+def squash(m, U1):
+    """`tanh(U1 m)`, of CARVE eq. 7."""
+    return 2 / (1 + tl.exp(-2 * tl.sum(U1 * m[None, :], 1))) - 1
 
 
 @triton.jit
 def readout(m, U1, U2):
     """`u = U2 tanh(U1 m)`, CARVE eq. 7."""
-    x = tl.sum(U1 * m[None, :], 1)
-    hidden = 2 / (1 + tl.exp(-2 * x)) - 1
-    return tl.sum(U2 * hidden[None, :], 1)
+    return tl.sum(U2 * squash(m, U1)[None, :], 1)
+
+
+@triton.jit
+def l2_factors(q, k, pos, h, H, K, ok, C: tl.constexpr, BK: tl.constexpr, D: tl.constexpr):
+    """What queries and keys are multiplied by to have length one, `rsqrt(sum x^2 + 1e-6)`: `[C]` each."""
+    qq = tl.zeros((C,), tl.float32)
+    kk = tl.zeros((C,), tl.float32)
+    for d in range(0, BK, D):
+        kc = d + tl.arange(0, D)
+        qt = load(q, pos, h, H, K, kc, ok, kc < K)
+        kt = load(k, pos, h, H, K, kc, ok, kc < K)
+        qq += tl.sum(qt * qt, 1)
+        kk += tl.sum(kt * kt, 1)
+    return tl.rsqrt(qq + 1e-6), tl.rsqrt(kk + 1e-6)

@@ -1,11 +1,12 @@
-"""The gradients of values, of the products of pairs, and of what a block shares with its states; all blocks at once.
+"""The gradients of values, of the products of pairs, and of what a block shares with its states; a window at once.
 
     R^ = X^T N^ = (w v)^            P^ = O^ N^T (j <= i)        A^ = -R^ N^T (j < i)
     (q E)^ = O^ S^T                 (k Z)^ = N dS^T             (e k E')^ = -R^ S^T
 
 `d_qE`, `d_kZ`, `d_eE` and the decay of the whole block take the places of `qE`, `kZ`, `W` and `total`.
 
-Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens.
+Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
+N sequences, L content chunk.
 """
 
 from __future__ import annotations
@@ -13,41 +14,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.blocks import place
+from hybridzoo.kernels.fused.places import block
 from hybridzoo.kernels.fused.tile import load, load1, mm, store
 
 
-@triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
+@triton.jit
+def output_gradient(do, d_sum, n, pos, hv, HV, V, vc, ok, v_ok, CONTENT: tl.constexpr):
+    """The outputs' gradient `[C, DV]`, their share in a content chunk's mean included."""
+    dO = load(do, pos, hv, HV, V, vc, ok, v_ok)
+    if CONTENT > 0:
+        shared = tl.load(d_sum + (n * HV + hv).to(tl.int64) * V + vc, mask=v_ok, other=0.0)
+        dO = tl.where(ok[:, None], dO + shared[None, :], 0.0)
+    return dO
+
+
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def value_gradients_kernel(
-    v, w, table, states, dstates, news, dnews, X, do, dv, dw, dP, dA, d_qE, d_kZ, d_eE, total, T, H, HV, K, V,
+    v, w, owners, cu, count0, states, dstates, news, dnews, X, do, d_sum, dv, dw, dP, dA, d_qE, d_kZ, d_eE, total,
+    T, first, count, origin, span, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    DECAYS: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr,
+    DECAYS: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     """One program a block and value head."""
-    block, hv = tl.program_id(0), tl.program_id(1)
+    hv = tl.program_id(1)
+    n, _, _, pos, ok, kept, slot, live = block(owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN)
+    if not live:
+        return
+    kept = kept * HV + hv
+    slot = slot * HV + hv
     i = tl.arange(0, C)
-    start, length = place(table, block, T, C, VARLEN)
-    ok = i < length
-    pos = start + i
     r, c = i[:, None], i[None, :]
-    slot = block.to(tl.int64) * HV + hv
-    in_block = r < C
 
     dPt = tl.zeros((C, C), tl.float32)
     dAt = tl.zeros((C, C), tl.float32)
     d_w = tl.zeros((C,), tl.float32)
     if CORRECT > 0:
-        Xt = tl.trans(tl.load(X + (slot * C + r) * C + c))
+        Xt = tl.trans(tl.load(X + (kept * C + r) * C + c))
     if WRITE == 1:
         wt = load1(w, pos, hv, HV, ok)[:, None]
     for d in range(0, BV, DV):
         vc = d + tl.arange(0, DV)
         v_ok = vc < V
         cv_at = (slot * C + r) * V + vc[None, :]
-        cv_ok = v_ok[None, :] & in_block
+        cv_ok = v_ok[None, :]
         dN = tl.load(dnews + cv_at, mask=cv_ok, other=0.0)
-        N = tl.load(news + cv_at, mask=cv_ok, other=0.0)
-        dO = load(do, pos, hv, HV, V, vc, ok, v_ok)
+        N = tl.load(news + (kept * C + r) * V + vc[None, :], mask=cv_ok, other=0.0)
+        dO = output_gradient(do, d_sum, n, pos, hv, HV, V, vc, ok, v_ok, CONTENT)
         vt = load(v, pos, hv, HV, V, vc, ok, v_ok)
         dPt += mm(dO, tl.trans(N), MODE)
         dR = dN.to(tl.float32)
@@ -79,20 +92,20 @@ def value_gradients_kernel(
         for j in range(0, BV, DV):
             vc = j + tl.arange(0, DV)
             v_ok = vc < V
-            vk_at = slot * K * V + vc[:, None] * K + kc[None, :]
+            vk_at = vc[:, None] * K + kc[None, :]
             vk_ok = v_ok[:, None] & k_ok[None, :]
-            cv_at = (slot * C + r) * V + vc[None, :]
-            cv_ok = v_ok[None, :] & in_block
-            S = tl.load(states + vk_at, mask=vk_ok, other=0.0)
-            dS = tl.load(dstates + vk_at, mask=vk_ok, other=0.0)
-            x += mm(load(do, pos, hv, HV, V, vc, ok, v_ok), S, MODE)
-            y += mm(tl.load(news + cv_at, mask=cv_ok, other=0.0), dS, MODE)
+            cv_at = r * V + vc[None, :]
+            cv_ok = v_ok[None, :]
+            S = tl.load(states + kept * K * V + vk_at, mask=vk_ok, other=0.0)
+            dS = tl.load(dstates + slot * K * V + vk_at, mask=vk_ok, other=0.0)
+            x += mm(output_gradient(do, d_sum, n, pos, hv, HV, V, vc, ok, v_ok, CONTENT), S, MODE)
+            y += mm(tl.load(news + kept * C * V + cv_at, mask=cv_ok, other=0.0), dS, MODE)
             if CORRECT > 0:
-                u -= mm(tl.load(dnews + cv_at, mask=cv_ok, other=0.0), S, MODE)
+                u -= mm(tl.load(dnews + slot * C * V + cv_at, mask=cv_ok, other=0.0), S, MODE)
             if DECAYS:
                 d_last += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
         ck_at = (slot * C + r) * K + kc[None, :]
-        ck_ok = k_ok[None, :] & in_block
+        ck_ok = k_ok[None, :]
         tl.store(d_qE + ck_at, x, mask=ck_ok)
         tl.store(d_kZ + ck_at, y, mask=ck_ok)
         if CORRECT > 0:

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybridzoo.kernels.fused import single_pass, staged
+from hybridzoo.kernels.fused import backward, forward
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.room import room
 from hybridzoo.kernels.recurrence_op import Call
@@ -46,6 +46,7 @@ def planned(
     chunk: int = 64,
     rank: int = 16,
     heads: int = 16,
+    norm: bool = False,
 ) -> list[Launch]:
     """The launches of a call with these five flags, forward and backward, as the host would make them."""
     B, T, N = (1, 4096, 3) if packed else (2, 2048, 2)
@@ -79,14 +80,11 @@ def planned(
         stored=flags["predict"] == "stored",
         scale=K**-0.5,
         chunk=chunk if content else 0,
+        qk_norm=norm,
     )
     kept = room(call, True)
-    results = (call.v, call.S, call.o_sum, call.o_mean)
-    if not content:
-        forward = staged.forward_launches(call, kept, True, call.v, call.S)
-        return [*forward, *staged.backward_launches(call, kept, list(results))[0]]
-    forward = [single_pass.forward_launch(call, kept, True, results)]
-    return [*forward, single_pass.backward_launch(call, kept, list(results))[0]]
+    results = [call.v, call.S, call.o_sum, call.o_mean]
+    return [*forward.launches(call, kept, True, *results), *backward.launches(call, kept, results)[0]]
 
 
 def usage(planned: Launch, capability: int) -> Usage:

@@ -21,7 +21,6 @@ import torch
 from delta_problems import Problem, assert_close, make_problem, relative_error
 
 from hybridzoo.kernels import DeltaState
-from hybridzoo.kernels.fused.way import single_pass
 
 # All values of every flag, and then what a gate alone does not show. Lengths end within a tile of 16 and within a
 # content chunk.
@@ -115,8 +114,7 @@ def a_content_gate_that_reads_nothing_is_the_token_gate_bit_for_bit() -> None:
     content = problem(**CONTENT, with_state=False)
     content.tensors["up"].zero_()
     token = Problem({n: x for n, x in content.tensors.items() if n not in ("down", "up")}, None, 0, content.options)
-    with single_pass():  # the same tiles for both
-        found, expected = (case.results("triton", ends=("o", "S")) for case in (content, token))
+    found, expected = (case.results("triton", ends=("o", "S")) for case in (content, token))
     assert all(torch.equal(found[name], x) for name, x in expected.items() if name != "count")
 
 
@@ -226,7 +224,7 @@ def the_operator_passes_torch_librarys_own_checks() -> None:
     for words, save in (({"T": 20}, True), (packed, False), (CONTENT, False)):
         case = problem(**words)
         t = {n: x.requires_grad_(save) for n, x in case.tensors.items()}
-        options = (case.options["cu_seqlens"], case.options["predict"] == "stored", 0.5, case.chunk, save)
+        options = (case.options["cu_seqlens"], case.options["predict"] == "stored", 0.5, case.chunk, False, save)
         torch.library.opcheck(op._forward_op, (*(t.get(n) for n in names), *case.state, *options))
 
 

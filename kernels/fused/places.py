@@ -1,0 +1,76 @@
+"""Which block of tokens a program takes: where its tokens are, what is kept of it, and where its scratch memory is.
+
+A sequence is cut into blocks on its own grid. With a content gate the grid goes on from the calls before: `seen` tokens
+of the open chunk come before the first token, so the first block may be short, as the last may always be. A launch
+takes a window: `count` blocks of every sequence from block `first` on.
+
+Device functions only.
+
+Shapes: C slots in a block, T tokens of a row, N sequences, L content chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence(cu, count0, n, T, C: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr):
+    """Sequence `n`: its first token in the row of all, its length, tokens seen, and its first block of what is kept."""
+    seen = 0
+    spare = 1 if CONTENT > 0 else 0  # the grid of content chunks may cut off a first block as well
+    if CONTENT > 0:
+        seen = tl.load(count0 + n)
+    if VARLEN:
+        start = tl.load(cu + n).to(tl.int32)
+        length = tl.load(cu + n + 1).to(tl.int32) - start
+        base = start // C + n * (1 + spare)  # a bound on the blocks before: the last of each sequence may be open
+    else:
+        start, length = n * T, T
+        base = n * (tl.cdiv(T, C) + spare)
+    return start, length, seen, base
+
+
+@triton.jit
+def grid_ends(seen, length, C: tl.constexpr):
+    """The first block of a sequence's grid that has a token of this call, and the first after those."""
+    begin = seen // C
+    return begin, tl.where(length > 0, tl.cdiv(seen + length, C), begin)
+
+
+@triton.jit
+def scratch_slot(n, at, base, origin, span, CONTENT: tl.constexpr, VARLEN: tl.constexpr):
+    """Where block `at` of sequence `n` is in scratch memory, which holds `span` blocks of each from `origin` on."""
+    if (
+        VARLEN and CONTENT == 0
+    ):  # how many blocks a sequence has is data: all of them at once, numbered as they are kept
+        return base + at
+    else:
+        return n * span + at - origin
+
+
+@triton.jit
+def block(owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
+          VARLEN: tl.constexpr):  # fmt: skip
+    """This program's block of a window: its sequence, number, positions `[C]` and which are tokens; slots; any token?
+
+    Returns `n, at, leads, pos, ok, kept, slot, live`: whether it is the first block of the window with a token, `pos` in
+    the row of all tokens, `kept` and `slot` the block's place in what is kept for the backward pass and in scratch
+    memory. Without a token (`live` false) `kept` has no meaning.
+    """
+    program = tl.program_id(0)
+    if VARLEN and CONTENT == 0:
+        n = tl.load(owners + program)
+        start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
+        at = program - base
+    else:
+        n = program // count
+        at = first + program % count
+        start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
+    begin, end = grid_ends(seen, length, C)
+    place = at * C - seen + tl.arange(0, C)
+    kept = (base + at - begin).to(tl.int64)
+    slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64)
+    leads, live = at == tl.maximum(first, begin), (at >= begin) & (at < end)
+    return n, at, leads, start + place, (place >= 0) & (place < length), kept, slot, live
