@@ -5,6 +5,7 @@ Shapes: B batch, T time, V vocabulary, N packed sequences.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -96,8 +97,7 @@ class HybridLM(nn.Module):
         init = self.spec.init
         nn.init.normal_(self.embedding.weight, std=init.std)
         additions = sum(1 if layer.ffn is None else 2 for layer in self.spec.layers)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in self._wrapped_blocks():
             block.reset_parameters(additions**-0.5 if init.residual_scale else 1.0)
         self.norm.reset_parameters()
         if self.head is not None:
@@ -150,7 +150,11 @@ class HybridLM(nn.Module):
 
     def init_state(self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> ModelState:
         """Return the state of `n` sequences before their first token."""
-        return tuple(block.init_state(n, device, dtype) for block in self.blocks if isinstance(block, Block))
+        return tuple(block.init_state(n, device, dtype) for block in self._wrapped_blocks())
+
+    def _wrapped_blocks(self) -> list[Block]:
+        """The blocks, typed; one in a wrapper of torch's (for checkpointing, compiling) still answers as one."""
+        return [typing.cast("Block", block) for block in self.blocks]
 
     def generate(
         self,

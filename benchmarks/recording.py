@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hybridzoo.studies.environment import environment as made_with
 
+Side = TypeVar("Side")
 RESULTS = Path(__file__).parent / "results"
 
 
-def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+def in_turn(sides: Mapping[Side, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[Side, dict[str, float]]:
     """Time each side once a round, so that a busy moment of the machine falls on all of them alike.
 
     Returns: for each side the median, the fastest and the slowest quartile in milliseconds.
@@ -28,7 +29,7 @@ def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int 
     for side in sides.values():
         for _ in range(warmup):
             side()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[Side, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             start = time.perf_counter()

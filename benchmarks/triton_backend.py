@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import multiprocessing
-import statistics
-import threading
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from recording import environment, record
 from torch import Tensor
 from torch.nn.functional import normalize
+from turns import gpu_in_turn, installed, measured_in_turn, peak_mib
 
 from hybridzoo.kernels import ContentGate, gated_delta_rule
 
@@ -40,7 +38,6 @@ ROWS: dict[str, tuple[str, str, str, str, str, int]] = {
     "carve": ("channel", "channel", "scalar", "scalar", "stored", 64),
 }
 RANK = 16
-WAIT = 360.0  # seconds until measuring begins without whoever is still tuning
 
 
 def inputs(row: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor]:
@@ -102,7 +99,7 @@ PEERS = ("gdn2", "kda", "gla", "delta_net")
 Side = Callable[[str, dict[str, Tensor]], Tensor]
 
 
-def measure(row: str, shape: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
+def timed(row: str, shape: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
     """Check that the sides agree, then time them in turn, milliseconds, and read GiB above the inputs."""
     x = inputs(row, *SHAPES[shape])
     d_out = torch.randn_like(x["v"])
@@ -122,57 +119,30 @@ def measure(row: str, shape: str, sides: dict[str, Side], rounds: int) -> dict[s
         found["apart"] = round(apart.item(), 5)
     del outputs
     for what, run in (("forward", forward), ("forward_backward", train)):
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds + 2):
-            for name, side in sides.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run(side)
-                end.record()
-                end.synchronize()
-                times[name].append(start.elapsed_time(end))
-        found[what] = {name: round(statistics.median(ms[2:]), 3) for name, ms in times.items()}
-    found["peak_gib"] = {name: _peak(lambda side=side: train(side)) for name, side in sides.items()}
+        found[what] = gpu_in_turn({name: partial(run, side) for name, side in sides.items()}, rounds)
+    found["peak_gib"] = {name: round(peak_mib(partial(train, side)) / 1024, 2) for name, side in sides.items()}
     return found
 
 
-def _peak(run: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
+def sides_of(row: str, with_fla: bool) -> dict[str, Side]:
+    """Who computes a row."""
+    return {"hybridzoo": ours, "fla": fla_side} if with_fla and row in PEERS else {"hybridzoo": ours}
 
 
-def work(row: str, shapes: list[str], with_fla: bool, rounds: int, ready: Any, turn: Any, results: Any) -> None:
-    """Compile and tune everything of one mixer and head size; then, in turn with the other processes, measure."""
-    sides: dict[str, Side] = {"hybridzoo": ours}
-    if with_fla and row in PEERS:
-        sides["fla"] = fla_side
-    try:
-        for shape in shapes:
-            measure(row, shape, sides, 1)
-        torch.cuda.empty_cache()
-        try:
-            ready.wait(WAIT)
-            quiet = True
-        except threading.BrokenBarrierError:
-            quiet = False  # somebody was still tuning, on the same GPU
-        with turn:
-            for shape in shapes:
-                results.put({**measure(row, shape, sides, rounds), "quiet": quiet})
-            torch.cuda.empty_cache()
-    except Exception as error:
-        results.put({"mixer": row, "error": f"{type(error).__name__}: {error}"[:500]})
-        ready.abort()
-    results.put(None)
+def prepare(row: str, shapes: list[str], with_fla: bool, rounds: int) -> None:
+    """Compile and tune everything of one mixer and head size."""
+    for shape in shapes:
+        timed(row, shape, sides_of(row, with_fla), 1)
+
+
+def measure(row: str, shapes: list[str], with_fla: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """Time it."""
+    for shape in shapes:
+        yield timed(row, shape, sides_of(row, with_fla), rounds)
 
 
 def main() -> None:
     """Measure, print and record."""
-    from recording import environment, record
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS, help="which mixers")
     parser.add_argument("--rounds", type=int, default=15, help="timings of each side and shape")
@@ -181,27 +151,13 @@ def main() -> None:
     with_fla = importlib.util.find_spec("fla") is not None
     jobs = [(row, names) for row in options.rows for names in (["large", "long"], ["small"])]
     jobs = [(row, [name for name in names if row != "carve" or name != "long"]) for row, names in jobs]
-    context = multiprocessing.get_context("spawn")
-    ready, turn, results = context.Barrier(len(jobs)), context.Lock(), context.Queue()
-    workers = [
-        context.Process(target=work, args=(*job, with_fla, options.rounds, ready, turn, results), daemon=True)
-        for job in jobs
-    ]
-    for worker in workers:
-        worker.start()
-    found, left = [], len(workers)
-    while left:
-        result = results.get()
-        if result is None:
-            left -= 1
-            continue
-        print(json.dumps(result), flush=True)
-        found.append(result)
-    try:
-        peer = version("fla-core")
-    except PackageNotFoundError:
-        peer = None
-    whole = {"environment": environment("triton"), "fla-core": peer, "dtype": "bfloat16", "results": found}
+    found = measured_in_turn([(*job, with_fla, options.rounds) for job in jobs], prepare, measure)
+    whole = {
+        "environment": environment("triton"),
+        "fla-core": installed("fla-core"),
+        "dtype": "bfloat16",
+        "results": found,
+    }
     print(f"written to {record('triton_backend', whole, options.out)}")
 
 

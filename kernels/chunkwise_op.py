@@ -19,14 +19,15 @@ from hybridzoo.kernels.tiles import MAX_TILE, Tiling, cut
 
 def _forward(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiling, x, content = _prepare(call)
-    S, o_sum, o_mean = call.S, call.o_sum, call.o_mean
-    carry = Carry(tiling.sort(S).contiguous().flatten(0, 1), tiling.sort(o_sum), tiling.sort(o_mean))
+    S = tiling.sort(call.S).contiguous()
+    carry = Carry(S.flatten(0, 1), tiling.sort(call.o_sum), tiling.sort(call.o_mean))
     saved = _saved(room, x, call.v) if save else None
     o = chunkwise.forward(x, tiling, carry, content, call.stored, saved)
     if saved is not None:
         _blank_rest(room, saved, tiling)
-    ends = (tiling.unsort(end).contiguous() for end in (carry.S.view(S.shape), carry.o_sum, carry.o_mean))
-    S, o_sum, o_mean = ends  # contiguous as the fake says, whatever a caller's state was
+    # S itself, which its view in the carry has taken to the end: what a caller gets is nobody's view. Contiguous as the
+    # fake says, whatever a caller's state was.
+    S, o_sum, o_mean = (tiling.unsort(end).contiguous() for end in (S, carry.o_sum, carry.o_mean))
     return tiling.join(o.unflatten(0, (-1, call.v.shape[2])), call.v.dtype), S, o_sum, o_mean
 
 

@@ -225,11 +225,12 @@ class DeltaMixer(TokenMixer):
             new_tails.append(new_tail)
         q, k, v = self._features(*projected)
         correct, write = self._correct_and_write(x)
+        log_decay, content = self.gates(self._decay(x), c.HV, c.content_chunk)
         o, delta = gated_delta_rule(
             *(q, k, v),
-            log_decay=self._log_decay(x),
+            log_decay=None if log_decay is None else self._to_value_heads(log_decay),
             erase_logits=None if self.z_proj is None else self.z_proj(x).unflatten(-1, (c.HV, c.K)),
-            content=self.gates.content(c.HV, c.content_chunk),
+            content=content,
             correct=correct,
             write=write,
             predict=c.predict,
@@ -260,13 +261,12 @@ class DeltaMixer(TokenMixer):
         q, k = (p.unflatten(-1, (c.n_heads, c.K)) for p in (q, k))
         return q, k, v.unflatten(-1, (c.HV, c.V))
 
-    def _log_decay(self, x: Tensor) -> Tensor | None:
-        c = self.config
+    def _decay(self, x: Tensor) -> Tensor | None:
+        """What the log-decay is made of: `[B, T, HV]`, `[B, T, heads, K]`, or None."""
         if self.a_proj is not None:
-            return self.gates.log_decay(self.a_proj(x))
-        if self.f_proj is None:
-            return None
-        return self._to_value_heads(self.gates.log_decay(self.f_proj(x).unflatten(-1, (-1, c.K))))
+            f: Tensor = self.a_proj(x)
+            return f
+        return None if self.f_proj is None else self.f_proj(x).unflatten(-1, (-1, self.config.K))
 
     def _to_value_heads(self, gate: Tensor) -> Tensor:
         repeats = self.config.HV // gate.shape[2]

@@ -51,11 +51,18 @@ class Gates(nn.Module):
             self.content_down.normal_(0.0, self.content_down.shape[-1] ** -0.5, generator=_aside(self.content_down))
             self.content_up.zero_()
 
-    def log_decay(self, f: Tensor) -> Tensor:
-        """`-exp(A) softplus(f + tau)` in float32, for `f [B, T, HV]` or `[B, T, HV, K]` of any heads that A has.
+    def forward(self, f: Tensor | None, n_v_heads: int, chunk: int) -> tuple[Tensor | None, ContentGate | None]:
+        """Make the log-decay and the content gate, each None where the mixer has none.
 
-        float64 stays float64. Without rates, GLA's `logsigmoid(f) / 16`.
+        `f` is the decay's projection, `[B, T, HV]` or `[B, T, HV, K]` of any heads that A has, or None. The log-decay
+        is `-exp(A) softplus(f + tau)` in float32 (float64 stays float64), without rates GLA's `logsigmoid(f) / 16`. A
+        content pair that all heads share is repeated to `n_v_heads`.
+
+        A mixer reads its gates by this call alone: whoever splits parameters over processes gathers them around it.
         """
+        return None if f is None else self._log_decay(f), self._content(n_v_heads, chunk)
+
+    def _log_decay(self, f: Tensor) -> Tensor:
         f = f if f.dtype == torch.float64 else f.float()
         if self.A_log is None or self.dt_bias is None:
             return F.logsigmoid(f) / GLA_NORMALISER
@@ -64,12 +71,12 @@ class Gates(nn.Module):
             rate = rate[:, None]
         return -rate * F.softplus(f + self.dt_bias.view(f.shape[2:]))
 
-    def content(self, n_v_heads: int, chunk: int) -> ContentGate | None:
-        """The content gate, a shared pair expanded to all heads; None where the mixer has none."""
+    def _content(self, n_v_heads: int, chunk: int) -> ContentGate | None:
         if self.content_down is None or self.content_up is None:
             return None
-        down, up = (pair.expand(n_v_heads, -1, -1) for pair in (self.content_down, self.content_up))
-        return ContentGate(down, up, chunk)
+        # Copies, also where each head has its own: what was gathered for this call may be freed after it.
+        repeats = n_v_heads // self.content_down.shape[0]
+        return ContentGate(self.content_down.repeat(repeats, 1, 1), self.content_up.repeat(repeats, 1, 1), chunk)
 
 
 def _aside(parameter: Tensor) -> torch.Generator | None:

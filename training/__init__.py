@@ -1,7 +1,8 @@
 """Training: a config, a loop that is the same on a CPU and a GPU, and text that every machine has.
 
-Start with `train(model, task, TrainConfig(...))`. May import architectures and everything below it; the tasks and the
-studies that use this loop are in `hybridzoo.studies`.
+Start with `train(model, task, TrainConfig(...))`. For a loop of your own over several processes, `shard` is in
+`hybridzoo.training.sharding`, which is not imported here: not every torch has distributed. May import architectures and
+everything below it; the tasks and the studies that use this loop are in `hybridzoo.studies`.
 """
 
 from hybridzoo.training.config import TrainConfig

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hybridzoo.architectures import HybridLM, Spec, account, build_model, load_spec
 from hybridzoo.blocks.ffn import FeedForward
@@ -84,6 +85,18 @@ def test_a_split_sequence_goes_on_from_its_state(tiny_spec: str, shallow: Shallo
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-8, atol=1e-10)
     fresh = model(ids, state=model.init_state(2, dtype=torch.float64)).logits
     torch.testing.assert_close(fresh, whole, rtol=1e-8, atol=1e-10)
+
+
+def test_wrapped_blocks_have_states_and_start_as_bare_ones_do() -> None:
+    bare, wrapped, ids = small_model(), small_model(), random_ids(11, 2, 7)
+    for i, block in enumerate(wrapped.blocks):
+        wrapped.blocks[i] = checkpoint_wrapper(block)
+    state = wrapped.init_state(2, dtype=torch.float64)
+    torch.testing.assert_close(wrapped(ids, state=state).logits, bare(ids).logits)
+    for model in (bare, wrapped):
+        torch.manual_seed(1)
+        model.reset_parameters()
+    assert all(torch.equal(p, q) for p, q in zip(wrapped.parameters(), bare.parameters(), strict=True))
 
 
 def test_a_changed_suffix_leaves_earlier_logits_alone(tiny_spec: str, shallow: Shallow) -> None:

@@ -3,6 +3,7 @@
 A new mixer is tested here the day it is registered, with no line edited.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -227,13 +228,29 @@ def test_autocast_rounds_projections_and_nothing_of_the_recurrence(text: str, in
 
 
 @every_mixer
-def test_activation_checkpointing_gives_the_same_gradients(text: str) -> None:
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(text: str, reentrant: bool) -> None:
     mixer, gradients = make(text), []
-    for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+    for again in (False, True):
+        mixer.zero_grad()
         x = tokens(2, 20).requires_grad_()
-        wrap(lambda x: mixer(x)[0].square(), x).sum().backward()
-        gradients.append(x.grad)
-    assert_same(*gradients)
+        y, _ = checkpoint(mixer, x, use_reentrant=reentrant) if again else mixer(x)
+        y.square().sum().backward()
+        gradients.append([leaf.grad.clone() for leaf in (x, *mixer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@every_mixer
+def test_a_state_passes_its_gradient_between_checkpointed_calls(text: str) -> None:
+    mixer, x = make(text), tokens(2, 20)
+    gradients = []
+    for again in (False, True):
+        call = partial(checkpoint, mixer, use_reentrant=False) if again else mixer
+        mixer.zero_grad()
+        _, state = call(x[:, :9])
+        call(x[:, 9:], state=state)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in mixer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @every_mixer
