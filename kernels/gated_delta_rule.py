@@ -9,15 +9,13 @@ N sequences (B, or the number packed into one row).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts, check_cu_seqlens, check_inputs, check_state
 from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
 from hybridzoo.kernels.fused.op import fused_delta_rule
-from hybridzoo.kernels.fused.step_op import fused_step
+from hybridzoo.kernels.fused.step_op import fused_step, no_gradient_to_come
 from hybridzoo.kernels.fused.support import refusal
 from hybridzoo.kernels.norms import l2_norm
 from hybridzoo.kernels.reference import reference_delta_rule
@@ -118,7 +116,7 @@ def gated_delta_rule(
     scale = K**-0.5 if scale is None else scale
     if backend == "triton" and T == 1 and cu_seqlens is None:
         floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *state[:3])
-        if not _gradient_to_come(floats):
+        if no_gradient_to_come(floats):
             o, new_state = fused_step(
                 *(q, k, v, log_decay, erase_logits, content, correct, write, state),
                 predict=predict,
@@ -155,12 +153,8 @@ def gated_delta_rule(
     return o, new_state if return_state else None
 
 
-def _gradient_to_come(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _write_back(state: DeltaState, new_state: DeltaState) -> DeltaState:
-    if _gradient_to_come((*state, *new_state)):
+    if torch.is_grad_enabled() and any(field.requires_grad for field in (*state, *new_state)):
         raise ValueError("inplace_state would overwrite a tensor that autograd needs: use it under torch.no_grad()")
     for old, new in zip(state, new_state, strict=True):
         old.copy_(new)

@@ -8,6 +8,7 @@ Shapes: N sequences, H key heads, HV value heads, K key dim, V value dim, L cont
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -52,6 +53,15 @@ class StepConfig(NamedTuple):
     registers: int
 
 
+def no_gradient_to_come(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call with these tensors may be a step. Within a transform of torch.func what requires a gradient may
+    be hidden, so there none may.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in tensors)
+
+
 def fused_step(
     q: Tensor,
     k: Tensor,
@@ -76,8 +86,8 @@ def fused_step(
     tensors = (q, k, v, log_decay, erase_logits, down, up, correct, write, *state)
     rest = (predict == "stored", qk_l2norm, scale, chunk)
     if inplace_state:
-        return _step_in_place(*tensors, *rest), state
-    o, *fields = _step(*tensors, *rest)
+        return _in_place_op(*tensors, *rest), state
+    o, *fields = _step_op(*tensors, *rest)
     return o, DeltaState(*fields)
 
 
@@ -202,7 +212,6 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-@torch.library.custom_op("hybridzoo::fused_step", mutates_args=())
 @without_autocast
 def _step(
     q: Tensor,
@@ -233,12 +242,6 @@ def _step(
     return o, S1, sum1, mean1, count1
 
 
-@_step.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_like(x) for x in (arguments[2], *arguments[9:13]))
-
-
-@torch.library.custom_op("hybridzoo::fused_step_", mutates_args=("S", "o_sum", "o_mean", "count"))
 @without_autocast
 def _step_in_place(
     q: Tensor,
@@ -273,13 +276,28 @@ def _step_in_place(
             given.copy_(written)
     if chunk:
         count.copy_(count1)
+    torch.autograd.graph.increment_version((S, o_sum, o_mean))  # whoever kept one for a backward pass learns of it
     return o
-
-
-@_step_in_place.register_fake
-def _(*arguments: Any) -> Tensor:
-    return _like(arguments[2])
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _register(name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]) -> Any:
+    """Register `hybridzoo::{name}` and return it.
+
+    Not by `torch.library.custom_op`, whose autograd and version layers in Python take several times as long as all
+    else that a step asks of the host, and are for gradients that it does not have.
+    """
+    qualified = f"hybridzoo::{name}"
+    schema = torch.library.infer_schema(run, mutates_args=mutates)
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", run)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.hybridzoo, name).default
+
+
+_FIELDS = ("S", "o_sum", "o_mean", "count")
+_step_op = _register("fused_step", _step, lambda *given: tuple(_like(x) for x in (given[2], *given[9:13])), ())
+_in_place_op = _register("fused_step_", _step_in_place, lambda *given: _like(given[2]), _FIELDS)

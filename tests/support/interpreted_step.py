@@ -11,7 +11,7 @@ from delta_problems import FLAGS, Problem, assert_close, make_problem, relative_
 from interpreted import report
 from registry_cases import flag_rows
 
-from hybridzoo.kernels import DeltaState
+from hybridzoo.kernels import DeltaState, gated_delta_rule
 
 GDN2 = {"decay": "channel", "erase": "none", "correct": "channel", "write": "channel"}
 CARVE = {"decay": "channel", "erase": "content", "correct": "scalar", "write": "scalar", "predict": "stored"}
@@ -186,6 +186,28 @@ def a_gradient_to_come_takes_the_way_of_sequences() -> None:
 
 
 @check
+def a_gradient_that_a_transform_hides_is_not_lost_in_silence() -> None:
+    x = torch.randn(2, 1, 1, 1, 16)
+    outer = torch.func.grad(
+        lambda q: torch.func.vmap(lambda one: gated_delta_rule(one, x[0], x[0], backend="triton")[0])(q).sum()
+    )
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        outer(x)
+
+
+@check
+def autograd_learns_of_a_state_written_in_place() -> None:
+    case = problem(**CARVE)
+    state, weight = copied(case.state), torch.ones((), requires_grad=True)
+    losses = [(x * weight).sum() for x in state[:3]]
+    with torch.no_grad():
+        case.call("triton", None, state, inplace_state=True)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@check
 def a_decay_below_the_floor_is_the_floor() -> None:
     case = problem(**GDN2)
     outputs = []
@@ -242,8 +264,8 @@ def the_operators_pass_torch_librarys_own_checks() -> None:
         case = problem(**words, H=2, group=2)
         inputs = tuple(case.tensors.get(n) for n in names)
         options = (words is CARVE, True, 0.5, case.chunk)
-        torch.library.opcheck(step_op._step, (*inputs, *copied(case.state), *options))
-        torch.library.opcheck(step_op._step_in_place, (*inputs, *copied(case.state), *options))
+        torch.library.opcheck(step_op._step_op, (*inputs, *copied(case.state), *options))
+        torch.library.opcheck(step_op._in_place_op, (*inputs, *copied(case.state), *options))
 
 
 @check
