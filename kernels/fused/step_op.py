@@ -156,9 +156,10 @@ def step_config(K: int, V: int, rank: int) -> StepConfig:
     way at once. A content gate changes no block: one that reads nothing sums in the same order as none.
     """
     block_v = min(power(V), 32, 4096 // power(K))
-    # What each kind needs without spilling.
-    registers = 64 if not rank else 128 if power(K) * power(rank) <= 8192 else 255
-    return StepConfig(block_v, -(-V // block_v), max(1, power(K) * block_v // 512), registers)
+    warps = max(4, power(K) * block_v // 512)
+    # What each kind needs without spilling; a content gate holds either matrix of its pair.
+    registers = 64 if not rank else 128 if power(rank) * power(max(K, V)) <= 1024 * warps else 255
+    return StepConfig(block_v, -(-V // block_v), warps, registers)
 
 
 def _dense(step: Step) -> Step:

@@ -43,7 +43,7 @@ def test_under_the_interpreter_it_holds_that(interpreter: dict[str, Any], name: 
 
 
 ROWS = flag_rows()
-SIZES = {"64": (64, 64), "128": (128, 128), "64x128": (64, 128), "96x48": (96, 48), "256": (256, 256)}
+SIZES = {"64": (64, 64), "128": (128, 128), "64x128": (64, 128), "96x48": (96, 48), "16": (16, 16), "256": (256, 256)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 EVERY = [
     (row, size, dtype, capability, rank)
@@ -60,7 +60,7 @@ FEW = [
     ("mamba2", "64", "bf16", 100, 0),
     ("kda", "96x48", "fp32", 90, 0),
     ("carve", "128", "bf16", 90, 32),
-    ("carve", "64", "fp32", 100, 16),
+    ("carve", "64x128", "fp32", 100, 64),
     ("carve", "256", "bf16", 80, 64),
 ]
 
