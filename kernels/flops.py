@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hybridzoo.kernels import chunkwise_op as _registers_chunkwise  # noqa: F401
 from hybridzoo.kernels.fused import op as _registers_fused  # noqa: F401
+from hybridzoo.kernels.fused import step_op as _registers_step  # noqa: F401
 from hybridzoo.kernels.tiles import MAX_TILE
 
 
@@ -45,8 +46,13 @@ def _backward(q: Any, k: Any, v: Any, *gates: Any, out_shape: Any = None, **opti
     return 2 * _from_shapes(q, v, gates)
 
 
-def _from_shapes(q: Any, v: Any, gates: tuple[Any, ...]) -> int:
+@register_flop_formula([torch.ops.hybridzoo.fused_step, torch.ops.hybridzoo.fused_step_])
+def _step(q: Any, k: Any, v: Any, *gates: Any, out_shape: Any = None, **options: Any) -> int:
+    return _from_shapes(q, v, gates, decode=True)
+
+
+def _from_shapes(q: Any, v: Any, gates: tuple[Any, ...], decode: bool = False) -> int:
     B, T, _, K = q
     HV, V = v[2:]
     correct = gates[4]  # after log_decay, erase_logits, down and up
-    return gated_delta_rule_flops(B * T, HV, K, V, corrected=correct is not None)
+    return gated_delta_rule_flops(B * T, HV, K, V, corrected=correct is not None, decode=decode)

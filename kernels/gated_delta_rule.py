@@ -1,7 +1,7 @@
 """`gated_delta_rule`: the one recurrence behind every recurrent mixer, and the choice of backend.
 
 The backends are `reference` (token by token, reference.py), `torch` (chunkwise, chunkwise.py and chunkwise_op.py) and
-`triton` (fused/); what they share is checked here once.
+`triton` (fused/, where one token without a gradient is an operator of its own); what they share is checked here once.
 
 Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
 N sequences (B, or the number packed into one row).
@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridzoo.kernels.checks import check_bounds, check_counts, check_cu_seqlens, check_inputs, check_state
 from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
 from hybridzoo.kernels.fused.op import fused_delta_rule
+from hybridzoo.kernels.fused.step_op import fused_step, no_gradient_to_come
 from hybridzoo.kernels.fused.support import refusal
 from hybridzoo.kernels.norms import l2_norm
 from hybridzoo.kernels.reference import reference_delta_rule
@@ -99,7 +100,7 @@ def gated_delta_rule(
         raise ValueError(f"segments must be a whole number, at least 1, got {segments!r}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}; multiply q by a scale that is learned")
-    B, _, _, K = q.shape
+    B, T, _, K = q.shape
     HV, V = v.shape[2:]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     n = B
@@ -112,9 +113,20 @@ def gated_delta_rule(
         state = DeltaState.zeros(n, HV, K, V, content is not None, q.device, dtype)
     else:
         check_state(state, n, HV, K, V, content is not None, dtype, q.device)
+    scale = K**-0.5 if scale is None else scale
+    if backend == "triton" and T == 1 and cu_seqlens is None:
+        floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *state[:3])
+        if no_gradient_to_come(floats):
+            o, new_state = fused_step(
+                *(q, k, v, log_decay, erase_logits, content, correct, write, state),
+                predict=predict,
+                scale=scale,
+                qk_l2norm=qk_l2norm,
+                inplace_state=inplace_state,
+            )
+            return o, new_state if return_state else None
     if qk_l2norm and backend != "triton":  # whose kernels do it themselves
         q, k = l2_norm(q), l2_norm(k)
-    scale = K**-0.5 if scale is None else scale
     if backend == "reference":
         if cu_seqlens is not None:
             check_bounds(cu_seqlens.tolist(), q.shape[1])

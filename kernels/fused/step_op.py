@@ -1,0 +1,304 @@
+"""Decoding as operators of its own: one token a call, without a gradient, the state in place where asked.
+
+`fused_step` returns a new state, `fused_step_` writes the one it is given. Imports triton when one of them first runs.
+Nothing here waits for the device, so a CUDA graph can capture it.
+
+Shapes: N sequences, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels.autocast import without_autocast
+from hybridzoo.kernels.checks import check_counts
+from hybridzoo.kernels.fused.config import options, power
+from hybridzoo.kernels.fused.launch import FLOOR, Launch, kind
+from hybridzoo.kernels.state import ContentGate, DeltaState
+
+
+class Step(NamedTuple):
+    """What a step reads: tensors as in `gated_delta_rule` with T = 1, N as B, and its options."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    erase_logits: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    correct: Tensor | None
+    write: Tensor | None
+    S: Tensor
+    o_sum: Tensor
+    o_mean: Tensor
+    count: Tensor  # type: ignore[assignment]
+    stored: bool
+    norm: bool  # q and k are brought to unit length first
+    scale: float
+    chunk: int  # L, 0 without a content gate
+
+
+class StepConfig(NamedTuple):
+    """How the kernel is cut: value channels at a time, how many such blocks, warps, and registers a thread."""
+
+    block_v: int
+    blocks: int
+    num_warps: int
+    registers: int
+
+
+def no_gradient_to_come(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call with these tensors may be a step. Within a transform of torch.func what requires a gradient may
+    be hidden, so there none may.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in tensors)
+
+
+def fused_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase_logits: Tensor | None,
+    content: ContentGate | None,
+    correct: Tensor | None,
+    write: Tensor | None,
+    state: DeltaState,
+    *,
+    predict: str,
+    scale: float,
+    qk_l2norm: bool,
+    inplace_state: bool,
+) -> tuple[Tensor, DeltaState]:
+    """`gated_delta_rule` for one token of each sequence, its arguments already checked, none with a gradient to come.
+
+    Raises `ValueError` with `inplace_state` where places of the state share memory.
+    """
+    down, up, chunk = (None, None, 0) if content is None else content
+    tensors = (q, k, v, log_decay, erase_logits, down, up, correct, write, *state)
+    rest = (predict == "stored", qk_l2norm, scale, chunk)
+    if inplace_state:
+        return _in_place_op(*tensors, *rest), state
+    o, *fields = _step_op(*tensors, *rest)
+    return o, DeltaState(*fields)
+
+
+def launch(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, count: Tensor) -> Launch:
+    """The kernel on a dense `step`, writing the rest. `count` is not `step.count`; the other fields may be its own."""
+    from hybridzoo.kernels.fused.step import step_kernel
+
+    (N, _, H, K), (HV, V) = step.q.shape, step.v.shape[2:]
+    rank = 0 if step.down is None else step.down.shape[1]
+    config = step_config(K, V, rank)
+    # A content gate reads all of a head's mean before any of it is written: one program a head.
+    walk = config.blocks if step.chunk else 1
+    parts = config.blocks // walk
+    arguments = {
+        "q": step.q,
+        "k": step.k,
+        "v": step.v,
+        "g": step.log_decay,
+        "z": step.erase_logits,
+        "e": step.correct,
+        "w": step.write,
+        "down": step.down,
+        "up": step.up,
+        "S0": step.S,
+        "sum0": step.o_sum,
+        "mean0": step.o_mean,
+        "count0": step.count,
+        "o": o,
+        "S1": S,
+        "sum1": o_sum,
+        "mean1": o_mean,
+        "count1": count,
+        "scale": float(step.scale),
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "down_head": 0 if step.down is None else step.down.stride(0),
+        "up_head": 0 if step.up is None else step.up.stride(0),
+    }
+    constants = {
+        "BK": power(K),
+        "BV": config.block_v,
+        "BM": power(V),
+        "BR": power(rank),
+        "RANK": rank,
+        "PARTS": parts,
+        "WALK": walk,
+        "DECAY": kind(step.log_decay),
+        "ERASE": step.erase_logits is not None,
+        "CORRECT": kind(step.correct),
+        "WRITE": kind(step.write),
+        "STORED": step.stored,
+        "CONTENT": step.chunk,
+        "NORM": step.norm,
+        "FLOOR": FLOOR,
+    }
+    schedule = {**options(config.num_warps), "maxnreg": config.registers}
+    return Launch(step_kernel, (N * HV * parts, 1), arguments, constants, schedule)
+
+
+def step_config(K: int, V: int, rank: int) -> StepConfig:
+    """The cut, from head sizes and the content rank (0 without a content gate).
+
+    16 numbers of the state a thread and few registers otherwise, so that a multiprocessor has 64 KiB of states on their
+    way at once. A content gate changes no block: one that reads nothing sums in the same order as none.
+    """
+    block_v = min(power(V), 32, 4096 // power(K))
+    warps = max(4, power(K) * block_v // 512)
+    # What each kind needs without spilling; a content gate holds either matrix of its pair.
+    registers = 64 if not rank else 128 if power(rank) * power(max(K, V)) <= 1024 * warps else 255
+    return StepConfig(block_v, -(-V // block_v), warps, registers)
+
+
+def _dense(step: Step) -> Step:
+    """The step as the kernel reads it: contiguous, and the content pair in float32."""
+    tensors = [x if x is None or x is step.down or x is step.up else x.contiguous() for x in step[:13]]
+    dense = Step(*tensors, *step[13:])  # type: ignore[arg-type, call-arg]
+    if step.down is None or step.up is None:
+        return dense
+    return dense._replace(down=_matrices(step.down), up=_matrices(step.up))
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """Each head's matrix in float32 and contiguous; one for all heads, an expanded view, stays one."""
+    if x.dtype == torch.float32 and x.stride()[1:] == (x.shape[2], 1):
+        return x
+    return x.contiguous().float()
+
+
+def _check(step: Step) -> None:
+    # Elsewhere than in host memory, reading counts would stop the host.
+    if step.chunk and step.q.device.type == "cpu":
+        check_counts(step.count.tolist(), step.chunk)
+
+
+def _check_apart(state: DeltaState) -> None:
+    """Refuse a state that cannot be written in place, since two of its places are one."""
+    spans = []
+    for name, x in zip(state._fields, state, strict=True):
+        dense = x.is_contiguous()
+        if not dense and _overlaps(x):
+            raise ValueError(
+                f"inplace_state cannot write into state.{name}: with strides {list(x.stride())} for {list(x.shape)}, "
+                "as of an expanded tensor, places of it share memory; give a copy"
+            )
+        if x.numel():
+            spans.append((x.data_ptr(), x.nbytes if dense else x.itemsize, name))
+    spans.sort()
+    for (start, size, name), (following, _, other) in pairwise(spans):
+        if start + size > following:
+            raise ValueError(f"inplace_state cannot write state.{name} and state.{other} into the same memory")
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two places of a tensor may be one: the axes, narrowest first, must each step over all before."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+@without_autocast
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase_logits: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    correct: Tensor | None,
+    write: Tensor | None,
+    S: Tensor,
+    o_sum: Tensor,
+    o_mean: Tensor,
+    count: Tensor,
+    stored: bool,
+    norm: bool,
+    scale: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    step = Step(
+        *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count),
+        *(stored, norm, scale, chunk),
+    )
+    _check(step)
+    o, S1, sum1, mean1, count1 = (_like(x) for x in (v, S, o_sum, o_mean, count))
+    launch(_dense(step), o, S1, sum1, mean1, count1).start(q.device)
+    return o, S1, sum1, mean1, count1
+
+
+@without_autocast
+def _step_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase_logits: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    correct: Tensor | None,
+    write: Tensor | None,
+    S: Tensor,
+    o_sum: Tensor,
+    o_mean: Tensor,
+    count: Tensor,
+    stored: bool,
+    norm: bool,
+    scale: float,
+    chunk: int,
+) -> Tensor:
+    step = Step(
+        *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count),
+        *(stored, norm, scale, chunk),
+    )
+    _check(step)
+    _check_apart(DeltaState(S, o_sum, o_mean, count))
+    dense = _dense(step)
+    o, count1 = _like(v), _like(count)
+    launch(dense, o, dense.S, dense.o_sum, dense.o_mean, count1).start(q.device)
+    for given, written in ((S, dense.S), (o_sum, dense.o_sum), (o_mean, dense.o_mean)):
+        if written is not given:  # a copy, since the given one is not contiguous
+            given.copy_(written)
+    if chunk:
+        count.copy_(count1)
+    torch.autograd.graph.increment_version((S, o_sum, o_mean))  # whoever kept one for a backward pass learns of it
+    return o
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _register(name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]) -> Any:
+    """Register `hybridzoo::{name}` and return it.
+
+    Not by `torch.library.custom_op`, whose autograd and version layers in Python take several times as long as all
+    else that a step asks of the host, and are for gradients that it does not have.
+    """
+    qualified = f"hybridzoo::{name}"
+    schema = torch.library.infer_schema(run, mutates_args=mutates)
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", run)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.hybridzoo, name).default
+
+
+_FIELDS = ("S", "o_sum", "o_mean", "count")
+_step_op = _register("fused_step", _step, lambda *given: tuple(_like(x) for x in (given[2], *given[9:13])), ())
+_in_place_op = _register("fused_step_", _step_in_place, lambda *given: _like(given[2]), _FIELDS)
