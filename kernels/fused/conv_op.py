@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_bounds
@@ -26,9 +27,9 @@ BLOCK, BLOCK_BACKWARD = 64, 128
 CHANNELS = 256  # of a program of two warps: four a thread, 8 bytes a load in 16 bits
 WARPS = 2
 # Rows that are read before the first of them is used, which keeps the memory busy. Both divide the blocks.
-AT_ONCE, AT_ONCE_BACKWARD = 8, 4
+AT_ONCE, AT_ONCE_BACKWARD, AT_ONCE_BACKWARD_PAST_4_TAPS = 8, 4, 2
 # Registers of a thread backward, where that many do without spills: eight programs on a multiprocessor, not five.
-REGISTERS_BACKWARD, MOST_TAPS_IN_THOSE = 128, 4
+REGISTERS_BACKWARD = 128
 
 
 class ConvCall(NamedTuple):
@@ -74,8 +75,10 @@ def backward_launch(
     rows = call.weight.shape[1] + (call.bias is not None)
     parts = call.x.new_empty(_blocks(call, BLOCK_BACKWARD), rows, call.x.shape[2], dtype=torch.float32)
     given = {"dy": dy, "d_new": d_new, "dx": dx, "d_tail": d_tail, "parts": parts}
-    launch = _launch(conv_backward_kernel, call, given, BLOCK_BACKWARD, AT_ONCE_BACKWARD)
-    if call.weight.shape[1] <= MOST_TAPS_IN_THOSE and d_new is None and d_tail is None:
+    few = call.weight.shape[1] <= 4
+    at_once = AT_ONCE_BACKWARD if few else AT_ONCE_BACKWARD_PAST_4_TAPS
+    launch = _launch(conv_backward_kernel, call, given, BLOCK_BACKWARD, at_once)
+    if few and d_new is None and d_tail is None:
         launch.options["maxnreg"] = REGISTERS_BACKWARD
     return launch, parts
 
@@ -127,12 +130,25 @@ def _new_tail(call: ConvCall) -> Tensor:
     return call.x.new_empty(N, C, call.weight.shape[1] - 1)
 
 
-@torch.library.custom_op("hybridzoo::fused_conv", mutates_args=())
-@without_autocast
 def fused_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """`short_conv` by Triton, its arguments already checked: contiguous `y [B, T, C]` and new tail `[N, C, W-1]`."""
+    """`short_conv` by Triton, its arguments already checked: contiguous `y [B, T, C]` and new tail `[N, C, W-1]`.
+
+    Raises `NotImplementedError` in forward mode, whose tangents an operator would drop without a word.
+    """
+    if not torch.compiler.is_compiling():
+        for tensor in (x, weight, bias, tail):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError("short_conv has derivatives in reverse mode only, none in forward mode")
+    return _conv_op(x, weight, bias, tail, cu_seqlens, silu)
+
+
+@torch.library.custom_op("hybridzoo::fused_conv", mutates_args=())
+@without_autocast
+def _conv_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
     call = ConvCall(x, weight, bias, tail, cu_seqlens, silu)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens.tolist(), x.shape[1])
@@ -141,7 +157,7 @@ def fused_conv(
     return y, new_tail
 
 
-@fused_conv.register_fake
+@_conv_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +166,7 @@ def _(
 
 @torch.library.custom_op("hybridzoo::fused_conv_backward", mutates_args=())
 @without_autocast
-def _fused_conv_backward(
+def _conv_backward_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -174,7 +190,7 @@ def _fused_conv_backward(
     return dx, dweight, dbias, d_tail
 
 
-@_fused_conv_backward.register_fake
+@_conv_backward_op.register_fake
 def _(
     x: Tensor,
     weight: Tensor,
@@ -207,8 +223,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, dy: Tensor | None, d_new: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, tail, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, d_tail = _fused_conv_backward(x, weight, bias, tail, cu_seqlens, ctx.silu, dy, d_new)
+    dx, dweight, dbias, d_tail = _conv_backward_op(x, weight, bias, tail, cu_seqlens, ctx.silu, dy, d_new)
     return dx, dweight, None if bias is None else dbias, None if tail is None else d_tail, None, None
 
 
-fused_conv.register_autograd(_differentiate, setup_context=_setup_context)
+_conv_op.register_autograd(_differentiate, setup_context=_setup_context)

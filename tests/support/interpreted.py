@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,30 +252,32 @@ def the_automatic_choice_on_a_cpu_stays_pytorch() -> None:
 def _outcome(run: Callable[[], Any]) -> Any:
     try:
         return run()
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         return traceback.format_exc()
 
 
-def main() -> None:
-    """Run everything."""
+def report(
+    cases: Mapping[str, Any], measure: Callable[[Any], dict[str, float]], checks: Mapping[str, Callable[[], None]]
+) -> None:
+    """Measure every case, run every check, and print what came of them."""
     torch.use_deterministic_algorithms(True)  # so `torch.empty` and its kin are filled with NaN
     assert torch.empty(4).isnan().all()
     # A pair of tokens that is of no use may overflow before it is masked.
     warnings.filterwarnings("ignore", "(overflow|invalid value) encountered in", RuntimeWarning)
-    cases = {name: _outcome(lambda words=words: errors(problem(**words))) for name, words in CASES.items()}
-    checks = {name: _outcome(run) for name, run in CHECKS.items()}
-    print(json.dumps({"cases": cases, "checks": checks}))
+    measured = {name: _outcome(lambda words=words: measure(words)) for name, words in cases.items()}
+    raised = {name: _outcome(run) for name, run in checks.items()}
+    print(json.dumps({"cases": measured, "checks": raised}))
 
 
-def run_apart() -> dict[str, dict[str, Any]]:
-    """Run this file in an interpreter of its own, and return what it printed."""
+def run_apart(module: str = "interpreted") -> dict[str, dict[str, Any]]:
+    """Run this file, or another one that reports, in an interpreter of its own, and return what it printed."""
     places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
-    command = [sys.executable, "-P", "-m", "interpreted"]
+    command = [sys.executable, "-P", "-m", module]
     out = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    report(CASES, lambda words: errors(problem(**words)), CHECKS)
