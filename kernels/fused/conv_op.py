@@ -173,14 +173,15 @@ def _conv_backward_op(
     tail: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
+    through_tail: bool,
     dy: Tensor | None,
     d_new: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = ConvCall(x, weight, bias, tail, cu_seqlens, silu)
-    dx, dweight, dbias, d_tail = _gradients(call)
+    dx, dweight, dbias, d_tail = _gradients(call, through_tail)
     dy = torch.zeros_like(dx) if dy is None else dy.contiguous()
     d_new = None if d_new is None else d_new.contiguous()
-    launch, parts = backward_launch(call, dy, d_new, dx, None if tail is None else d_tail)
+    launch, parts = backward_launch(call, dy, d_new, dx, d_tail if through_tail else None)
     launch.start(x.device)
     W = weight.shape[1]
     total = parts.sum(0)
@@ -198,17 +199,18 @@ def _(
     tail: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
+    through_tail: bool,
     dy: Tensor | None,
     d_new: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(ConvCall(x, weight, bias, tail, cu_seqlens, silu))
+    return _gradients(ConvCall(x, weight, bias, tail, cu_seqlens, silu), through_tail)
 
 
-def _gradients(call: ConvCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for the gradients of x, weight, bias and tail, contiguous; empty for what is not there."""
-    none = call.x.new_empty(0)
-    bias, tail = (none if x is None else _like(x) for x in (call.bias, call.tail))
-    return _like(call.x), _like(call.weight), bias, tail if call.tail is not None else call.x.new_empty(0)
+def _gradients(call: ConvCall, through_tail: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients of x, weight, bias and tail, contiguous; empty for what is not there or not asked for."""
+    d_bias = call.x.new_empty(0) if call.bias is None else _like(call.bias)
+    d_tail = _like(call.tail) if call.tail is not None and through_tail else call.x.new_empty(0)
+    return _like(call.x), _like(call.weight), d_bias, d_tail
 
 
 def _like(x: Tensor) -> Tensor:
@@ -223,8 +225,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, dy: Tensor | None, d_new: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, tail, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, d_tail = _conv_backward_op(x, weight, bias, tail, cu_seqlens, ctx.silu, dy, d_new)
-    return dx, dweight, None if bias is None else dbias, None if tail is None else d_tail, None, None
+    through_tail = tail is not None and ctx.needs_input_grad[3]
+    dx, dweight, dbias, d_tail = _conv_backward_op(x, weight, bias, tail, cu_seqlens, ctx.silu, through_tail, dy, d_new)
+    return dx, dweight, None if bias is None else dbias, d_tail if through_tail else None, None, None
 
 
 _conv_op.register_autograd(_differentiate, setup_context=_setup_context)

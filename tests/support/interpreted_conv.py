@@ -185,6 +185,20 @@ def autocast_changes_nothing() -> None:
 
 
 @check
+def what_needs_no_gradient_costs_the_others_nothing() -> None:
+    case = problem(**PACKED)
+    expected = case.results("triton")
+    for name in case.tensors:
+        leaves = {n: x.clone().requires_grad_(n == name) for n, x in case.tensors.items()}
+        y, tail = case.call("triton", leaves)
+        seed = torch.Generator().manual_seed(1)
+        weights = [torch.randint(-4, 5, end.shape, generator=seed).to(end) for end in (y, tail)]
+        ends = [(end, w) for end, w in zip((y, tail), weights, strict=True) if end.requires_grad]
+        torch.autograd.backward([end for end, _ in ends], [w for _, w in ends])
+        assert torch.equal(leaves[name].grad, expected[f"d_{name}"]), name
+
+
+@check
 def what_is_not_a_packing_is_refused() -> None:
     case = problem(lengths=[40])
     case.cu_seqlens = torch.tensor([0, 3, 2, 40])
