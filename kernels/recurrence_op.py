@@ -185,9 +185,9 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = arguments[:N_FLOATS]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return Rule.apply(*arguments)  # type: ignore[no-any-return]
+            return Rule.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return run(*arguments)  # type: ignore[no-any-return]
+            return run(*arguments)
 
     _LIBRARY.impl(name, differentiable, "Autograd")
     return run

@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from hybridzoo.kernels.fused.conv_op import fused_conv, refusal
 from hybridzoo.kernels.packing import check_packing, locate
 
 ConvActivation: TypeAlias = Literal["silu"]
+ConvBackend: TypeAlias = Literal["auto", "triton", "torch"]
+BACKENDS = ("auto", "triton", "torch")
 
 
 class ShortConvResult(NamedTuple):
@@ -36,6 +39,7 @@ def short_conv(
     tail: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     activation: ConvActivation | None = "silu",
+    backend: ConvBackend = "auto",
 ) -> ShortConvResult:
     """Return `act(bias + sum_w weight[:, w] * x[t - (W-1) + w])` for each channel, and the new tail.
 
@@ -43,10 +47,15 @@ def short_conv(
     [N, C, W-1]` (zeros when None), `cu_seqlens [N+1]` with B = 1. Sums run in float32 for 16-bit inputs. Everything but
     `cu_seqlens` is differentiable, the tails on both sides too. T may be 0 and smaller than W-1.
 
+    `backend`: `auto` is `triton` for the calls on a GPU that it takes, else `torch`. `triton` rounds a 16-bit y once
+    (`torch` after the sum, the bias and the activation), and has a gradient of first order in reverse mode alone.
+
     Raises `TypeError` for integer inputs and for a weight narrower than `x`, `ValueError` for shapes, devices and
-    activations that do not fit.
+    activations that do not fit, and for what a backend that is asked for by name cannot take.
     """
     _check(x, weight, bias, tail, cu_seqlens, activation)
+    if _by_triton(x, weight, bias, tail, backend):
+        return ShortConvResult(*fused_conv(x, weight, bias, tail, cu_seqlens, activation == "silu"))
     W = weight.shape[1]
     if cu_seqlens is None:
         before = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if tail is None else tail.transpose(1, 2).to(x.dtype)
@@ -57,6 +66,16 @@ def short_conv(
         y, new_tail = _packed(x, weight, bias, tail, cu_seqlens)
     # The tail is copied out: a view would keep the whole padded input alive for as long as the state lives.
     return ShortConvResult(F.silu(y) if activation == "silu" else y, new_tail.transpose(1, 2).contiguous())
+
+
+def _by_triton(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, backend: str) -> bool:
+    if backend not in BACKENDS:
+        raise ValueError(f"short_conv: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return x.is_cuda and refusal(x, weight, bias, tail) is None
+    if backend == "triton" and (why := refusal(x, weight, bias, tail)) is not None:
+        raise ValueError(f"short_conv: backend='triton' {why}")
+    return backend == "triton"
 
 
 def _packed(

@@ -1,8 +1,8 @@
 """The backward pass: windows from the last to the first; in each `scan_back`, then the gradients of values and of keys.
 
 What `prepare` made is made again, for a piece of the sequence at a time: scratch memory is that of a piece. Without a
-content gate a piece is one window, and there are up to four. With one, a window is a content chunk: the gradient of what
-a chunk's decays read reaches the outputs of the chunk before, so that one waits for it.
+content gate a piece is one window, and there are up to four. With one, a window is a content chunk: the gradient of
+what a chunk's decays read reaches the outputs of the chunk before, which waits for it.
 
 Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences,
 L content chunk, r content rank.
@@ -21,7 +21,16 @@ from hybridzoo.kernels.fused.key_gradients import key_gradients_kernel
 from hybridzoo.kernels.fused.launch import Launch, cuts, flags, kind, on_device, rank, sizes
 from hybridzoo.kernels.fused.room import n_chunks
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
-from hybridzoo.kernels.fused.scratch import Blocks, Places, new_blocks, places, prepare, window, window_blocks
+from hybridzoo.kernels.fused.scratch import (
+    Blocks,
+    Places,
+    key_inputs,
+    new_blocks,
+    places,
+    prepare,
+    window,
+    window_blocks,
+)
 from hybridzoo.kernels.fused.value_gradients import value_gradients_kernel
 from hybridzoo.kernels.recurrence_op import Call
 
@@ -41,7 +50,7 @@ class Plan(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What only a content gate has: `tanh'` at each row, gradients of readouts by block and row, and of a chunk's sum."""
+    """What only a content gate has: `tanh'` at each row, readouts' gradients by block and row, and that of a sum."""
 
     slopes: Tensor
     du_blocks: Tensor
@@ -53,7 +62,7 @@ def run(call: Call, room: list[Tensor], d_results: list[Tensor]) -> list[Tensor 
     """Run the backward pass on a contiguous `call`: its first twelve fields' gradients, None where one is off."""
     (ahead, back, values, keys), buffers, content = launches(call, room, d_results)
     span, windows, in_piece = plan(call, cuts_of(call, True).block)
-    with on_device(call.q):
+    with on_device(call.q.device):
         prepare_piece, scan_window = ahead.starter(), back.starter()
         value_window, key_window = values.starter(), keys.starter()
         goes_on: dict[str, Tensor] = {}
@@ -147,10 +156,15 @@ def _scan_back(
         (call.S.shape[0] * call.v.shape[2], triton.cdiv(call.v.shape[3], cut.scan_v)),
         {
             **{name: value for name, value in made._asdict().items() if name != "U"},
-            **{name: value for name, value in where._asdict().items() if name != "owners"},
-            **{"down": call.down, "up": call.up},
+            **where.of_sequences(),
+            "down": call.down,
+            "up": call.up,
             **_of(content, "slopes", "du_blocks", "du_rows", "d_sum"),
-            **{"do": d_o, "dS1": d_S, "dsum1": d_sum, "dmean1": d_mean, "dS0": buffers["dS0"]},
+            "do": d_o,
+            "dS1": d_S,
+            "dsum1": d_sum,
+            "dmean1": d_mean,
+            "dS0": buffers["dS0"],
             **{name: between[name] for name in ("dstates", "dnews")},
             **window(0, 0),
             **sizes(call, "T", "HV", "K", "V"),
@@ -186,12 +200,21 @@ def _value_gradients(
         value_gradients_kernel,
         grid,
         {
-            **{"v": call.v, "w": call.write, "owners": where.owners, "cu": where.cu, "count0": where.count0},
-            **{"states": states, "news": news, "X": inverses if call.correct is not None else None},
+            "v": call.v,
+            "w": call.write,
+            **where.of_blocks(),
+            "states": states,
+            "news": news,
+            "X": inverses if call.correct is not None else None,
             **between,
-            **{"do": d_o, "dv": buffers["dv"], "dw": buffers["dw"]},
+            "do": d_o,
+            "dv": buffers["dv"],
+            "dw": buffers["dw"],
             **_of(content, "d_sum"),
-            **{"d_qE": made.qE, "d_kZ": made.kZ, "d_eE": made.W, "total": made.total},
+            "d_qE": made.qE,
+            "d_kZ": made.kZ,
+            "d_eE": made.W,
+            "total": made.total,
             **window(0, 0),
             **sizes(call, "T", "HV", "K", "V"),
         },
@@ -225,11 +248,14 @@ def _key_gradients(
         key_gradients_kernel,
         grid,
         {
-            **{"q": call.q, "k": call.k, "g": call.log_decay, "z": call.erase_logits, "e": call.correct},
+            **key_inputs(call),
             **where._asdict(),
             "readouts": readouts if call.chunk else None,
             **{name: between[name] for name in ("dP", "dA")},
-            **{"d_qE": made.qE, "d_kZ": made.kZ, "d_eE": made.W, "d_total": made.total},
+            "d_qE": made.qE,
+            "d_kZ": made.kZ,
+            "d_eE": made.W,
+            "d_total": made.total,
             **{name: buffers[name] for name in ("dq", "dk", "dg", "dz", "de")},
             **_of(content, "du_blocks"),
             "scale": float(call.scale),
@@ -266,7 +292,8 @@ def _content_gradients(
     call: Call, readouts: Tensor, content: Content, d_mean1: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the content pair, and of the sum and the mean that the call started from."""
-    assert call.down is not None and call.up is not None
+    assert call.down is not None
+    assert call.up is not None
     means, du = readouts[..., : call.v.shape[3]], content.du_rows
     du[rows] = content.du_blocks.unflatten(0, (call.S.shape[0], -1)).sum(1)  # the first chunk's, the last to be known
     hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", call.down, means))

@@ -63,8 +63,8 @@ def snapped(x, MODE: tl.constexpr):
 def channel_factors(log_D, EXCLUSIVE: tl.constexpr, MODE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
     """The factors of a channel decay `log_D [C, D]`, whose exponents are sums from or to the fourth of each eight.
 
-    Returns: the sums at each eight's fourth and last token, about, `ref` and `end [C / 8, D]`; `exp(G - ref)`, its inverse,
-    and the correction's `exp(G' - ref)` with `G'` exclusive or not; the whole block's sum `[D]`; `exp(ref)` and
+    Returns: the sums at each eight's fourth and last token, about, `ref` and `end [C / 8, D]`; `exp(G - ref)`, its
+    inverse, and the correction's `exp(G' - ref)`, `G'` exclusive or not; the whole block's sum `[D]`; `exp(ref)` and
     `exp(G_last - ref)`. All without a note `[C, D]`.
     """
     G = tl.cumsum(log_D, 0)

@@ -2,7 +2,7 @@
 
 The choice follows from head sizes, the content chunk and the dtype, and of the scans also from how many heads there
 are; never from a length, so that a new length compiles nothing. The test suite compiles what is chosen here and holds
-it to `shared_memory`.
+it to MOST_SHARED.
 
 Shapes: K key dim, V value dim.
 """
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hybridzoo.kernels.recurrence_op import Call
+
+# KiB of shared memory that a program of any kernel may take: every GPU of compute capability 8.0 and later has 99.
+MOST_SHARED = 96
 
 
 def options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
@@ -30,13 +33,6 @@ def options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
 def power(size: int) -> int:
     """The least power of two that holds `size`, and that a matrix product takes."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def shared_memory(K: int, V: int, dtype: torch.dtype) -> int:
-    """A bound on the KiB of shared memory that a program of any kernel takes."""
-    if dtype == torch.bfloat16:
-        return 80
-    return 72 if power(K) * power(V) <= 64 * 64 else 160 if power(K) <= 128 else 200
 
 
 class Cuts(NamedTuple):
@@ -61,7 +57,7 @@ def cuts_of(call: Call, save: bool) -> Cuts:
     Beside bf16 products blocks are of 32 tokens where states are kept, which halves what is kept, and for few heads,
     whose scan is what takes long. Otherwise they are of 16: faster to prepare, and in float32 the sums of decays stay
     short. With a content gate too: a chunk's blocks are all that can be worked on at a time. Value channels are cut
-    until the scans have a program for each of some 128 multiprocessors; three cuts are all that a new batch can compile.
+    until the scans have a program for each of some 128 multiprocessors: three cuts, which a new batch may compile.
     """
     K, V = power(call.q.shape[3]), power(call.v.shape[3])
     narrow = call.q.dtype == torch.bfloat16

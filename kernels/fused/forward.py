@@ -26,7 +26,7 @@ def run(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Ten
     o, S, o_sum, o_mean = (torch.empty_like(x) for x in (call.v, call.S, call.o_sum, call.o_mean))
     ahead, scan = launches(call, room, save, o, S, o_sum, o_mean)
     span, windows = windows_of(call, cuts_of(call, save).block)
-    with on_device(call.q):
+    with on_device(call.q.device):
         prepare_window, scan_window = ahead.starter(), scan.starter()
         goes_on: dict[str, Tensor] = {}
         for at in range(windows):
@@ -67,10 +67,14 @@ def launches(
         (call.S.shape[0] * HV, triton.cdiv(V, cut.scan_v)),
         {
             **made._asdict(),
-            **{"S0": call.S, "sum0": call.o_sum, "mean0": call.o_mean},
-            **{"S1": S, "sum1": o_sum, "mean1": o_mean},
-            **{"count0": where.count0, "cu": where.cu, "rows": where.rows},
+            **where.of_sequences(),
+            "S0": call.S,
+            "sum0": call.o_sum,
+            "mean0": call.o_mean,
             "o": o,
+            "S1": S,
+            "sum1": o_sum,
+            "mean1": o_mean,
             "states": states,
             "news": news if corrected else None,
             "readouts": readouts if call.chunk else None,

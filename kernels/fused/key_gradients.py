@@ -1,8 +1,8 @@
 """The gradients of keys, queries, corrections and decays, a window at once, from those of products and of states.
 
 Every exponent is a sum of log-decays from one place to another, so a place's share of its gradient is
-`q q^ + (e k)(e k)^ - k k^`, and a token's own is the sum over the places after it. What two places share cancels in that
-sum only if both read the same numbers: factors as products round them.
+`q q^ + (e k)(e k)^ - k k^`, and a token's own is the sum over the places after it. What two places share cancels in
+that sum only if both read the same numbers: factors as products round them.
 
 Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
 N sequences, L content chunk.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts
 from hybridzoo.kernels.fused.config import power
-from hybridzoo.kernels.recurrence_op import N_TENSORS, Call
+from hybridzoo.kernels.recurrence_op import Call
 
 # The least log-decay of a token and key channel; below it the gradient is zero. exp(-20) is 2e-9.
 FLOOR = -20.0
@@ -42,6 +42,11 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
+
+    def start(self, device: torch.device) -> None:
+        """Queue the kernel on `device`, which need not be the current one."""
+        with on_device(device):
+            self.starter()()
 
     def starter(self) -> Callable[..., None]:
         """Return a function that queues the kernel on the current device, as often as it is called.
@@ -82,9 +87,9 @@ class Launch(NamedTuple):
         return start
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the device of `x` the current one, which launches go to."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the current one, which launches go to."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def kind(gate: Tensor | None) -> int:
@@ -125,8 +130,7 @@ def sizes(call: Call, *names: str) -> dict[str, int]:
 
 def contiguous(call: Call) -> Call:
     """The call as the kernels read it: dense tensors, and the content pair in float32."""
-    dense = [None if x is None else x.contiguous() for x in call[:N_TENSORS]]
-    call = Call(*dense, *call[N_TENSORS:])  # type: ignore[arg-type, call-arg]
+    call = Call(*[x.contiguous() if isinstance(x, Tensor) else x for x in call])  # type: ignore[arg-type]
     if call.down is None or call.up is None:
         return call
     return call._replace(down=call.down.float(), up=call.up.float())

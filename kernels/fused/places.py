@@ -55,8 +55,8 @@ def block(owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CO
           VARLEN: tl.constexpr):  # fmt: skip
     """This program's block of a window: its sequence, number, positions `[C]` and which are tokens; slots; any token?
 
-    Returns `n, at, leads, pos, ok, kept, slot, live`: whether it is the first block of the window with a token, `pos` in
-    the row of all tokens, `kept` and `slot` the block's place in what is kept for the backward pass and in scratch
+    Returns `n, at, leads, pos, ok, kept, slot, live`: whether it is the window's first block with a token, `pos` in the
+    row of all tokens, `kept` and `slot` the block's place in what is kept for the backward pass and in scratch
     memory. Without a token (`live` false) `kept` has no meaning.
     """
     program = tl.program_id(0)

@@ -1,7 +1,7 @@
 """What a block of tokens does to the state, without knowing the state: all blocks of a window at once.
 
 With `X = (I + A)^-1`: `W = X (e k exp(G'))`, `U = X (w v)`, and `P`, `q exp(G)`, `k exp(G_last - G)`, `exp(G_last)`. A
-second run, for the backward pass (AGAIN), takes the X and the content readout that the first one left, and leaves U out.
+second run, for the backward pass (AGAIN), takes the X and the readout that the first one left, and leaves U out.
 
 Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
 N sequences, L content chunk, r content rank.

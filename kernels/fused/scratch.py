@@ -36,6 +36,14 @@ class Places(NamedTuple):
     count0: Tensor
     rows: Tensor | None
 
+    def of_sequences(self) -> dict[str, Tensor | None]:
+        """What a kernel with a program for each sequence takes."""
+        return {"cu": self.cu, "count0": self.count0, "rows": self.rows}
+
+    def of_blocks(self) -> dict[str, Tensor | None]:
+        """What a kernel with a program for each block takes."""
+        return {"owners": self.owners, "cu": self.cu, "count0": self.count0}
+
 
 def places(call: Call, C: int) -> Places:
     """Where the blocks of a call are."""
@@ -84,8 +92,11 @@ def prepare(
     """The launch that fills `made` for windows of `span` blocks."""
     _, exact = MODES[call.q.dtype]
     arguments: dict[str, Any] = {
-        **{"q": call.q, "k": call.k, "v": call.v, "g": call.log_decay, "z": call.erase_logits},
-        **{"e": call.correct, "w": call.write, "down": call.down, "up": call.up},
+        **key_inputs(call),
+        "v": call.v,
+        "w": call.write,
+        "down": call.down,
+        "up": call.up,
         **where._asdict(),
         **made._asdict(),
         "readouts": readouts if call.chunk else None,
@@ -110,6 +121,11 @@ def prepare(
     }
     grid = (window_blocks(call, cuts.block, span), call.v.shape[2])
     return Launch(prepare_kernel, grid, arguments, constants, options(cuts.prepare_warps))
+
+
+def key_inputs(call: Call) -> dict[str, Tensor | None]:
+    """The tensors on the key side, as kernels name them."""
+    return {"q": call.q, "k": call.k, "g": call.log_decay, "z": call.erase_logits, "e": call.correct}
 
 
 def window(first: int, count: int) -> dict[str, int]:

@@ -12,7 +12,6 @@ import os
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.fused.config import shared_memory
 from hybridzoo.kernels.state import ContentGate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,17 +32,17 @@ def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
             return f"takes content chunks that are multiples of {TILE}, got {content.chunk}: use backend='torch'"
         if not 1 <= content.down.shape[1] <= MAX_RANK:
             return f"takes content ranks from 1 to {MAX_RANK}, got {content.down.shape[1]}: use backend='torch'"
-    return _device_refusal(q.device.type, q.device.index, shared_memory(K, V, q.dtype))
+    return device_refusal(q.device.type, q.device.index)
 
 
 @torch.compiler.assume_constant_result
-def _device_refusal(kind: str, index: int | None, shared: int) -> str | None:
-    """Why a call that takes `shared` KiB of shared memory cannot run on such a device, or None."""
-    return _known_refusal(kind, index, shared)
+def device_refusal(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on such a device, or None."""
+    return _known_refusal(kind, index)
 
 
 @functools.cache
-def _known_refusal(kind: str, index: int | None, shared: int) -> str | None:
+def _known_refusal(kind: str, index: int | None) -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -63,7 +62,4 @@ def _known_refusal(kind: str, index: int | None, shared: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"needs a GPU of compute capability 8.0 or later, got {capability}: use backend='torch'"
-    has = 227 if capability[0] in (9, 10) else 163 if capability in ((8, 0), (8, 7)) else 99
-    if shared > has:
-        return f"takes {shared} KiB of shared memory for these head sizes and dtype, this GPU has {has}: use bfloat16"
     return None

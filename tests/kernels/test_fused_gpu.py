@@ -57,7 +57,7 @@ def test_every_row_of_flags_is_the_recurrence_forward_and_backward(row: str, sha
     errors = {name: _error(name, found[name], truth) for name in truth}
     limits = {name: TOLERANCES[dtype][name.startswith("d_")] for name in truth}
     if dtype != torch.float32 and any(not errors[name] < limits[name] for name in truth):
-        # The gradients of a content gate can be ill-conditioned: three times what a rounding of the inputs does to them.
+        # A content gate's gradients can be ill-conditioned: three times what a rounding of the inputs does to them.
         moved = _results(_rounded_anew(case.to(torch.float64), dtype), "torch", dtype)
         limits = {name: max(limits[name], 3 * _error(name, moved[name], truth)) for name in truth}
     assert not {

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -254,18 +254,21 @@ def _outcome(run: Callable[[], Any]) -> Any:
         return traceback.format_exc()
 
 
-def report(errors: Callable[[str], Any], cases: Iterable[str], checks: dict[str, Callable[[], None]]) -> None:
-    """Run everything, and print it."""
+def report(
+    cases: Mapping[str, Any], measure: Callable[[Any], dict[str, float]], checks: Mapping[str, Callable[[], None]]
+) -> None:
+    """Measure every case, run every check, and print what came of them."""
     torch.use_deterministic_algorithms(True)  # so `torch.empty` and its kin are filled with NaN
     assert torch.empty(4).isnan().all()
     # A pair of tokens that is of no use may overflow before it is masked.
     warnings.filterwarnings("ignore", "(overflow|invalid value) encountered in", RuntimeWarning)
-    found = {name: _outcome(lambda name=name: errors(name)) for name in cases}
-    print(json.dumps({"cases": found, "checks": {name: _outcome(run) for name, run in checks.items()}}))
+    measured = {name: _outcome(lambda words=words: measure(words)) for name, words in cases.items()}
+    raised = {name: _outcome(run) for name, run in checks.items()}
+    print(json.dumps({"cases": measured, "checks": raised}))
 
 
 def run_apart(module: str = "interpreted") -> dict[str, dict[str, Any]]:
-    """Run this file, or another of this folder, in an interpreter of its own, and return what it printed."""
+    """Run this file, or another one that reports, in an interpreter of its own, and return what it printed."""
     places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, "-P", "-m", module]
@@ -275,4 +278,4 @@ def run_apart(module: str = "interpreted") -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    report(lambda name: errors(problem(**CASES[name])), CASES, CHECKS)
+    report(CASES, lambda words: errors(problem(**words)), CHECKS)
