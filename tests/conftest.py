@@ -1,9 +1,12 @@
 """What every test may count on: no network, no screen, one thread a worker, and no root folder on the path."""
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,3 +23,41 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="where to write what the GPU's tests found, with device and versions")
+
+
+class _Record:
+    """Gathers the errors that tests report of the kernels, and writes them when all have passed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            errors = dict(report.user_properties).get("errors", {})
+            self.found[report.nodeid.partition("tests/")[2]] = {n: float(f"{x:.1e}") for n, x in errors.items()}
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus or not self.found:
+            return
+        from importlib.metadata import version
+
+        from hybridzoo import kernels
+        from hybridzoo.kernels.source import folder_digest
+        from hybridzoo.studies.environment import environment
+
+        made = {**environment("cuda"), "triton": version("triton")}
+        digest = folder_digest(Path(kernels.__file__).parent)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"environment": made, "kernels": digest, "passed": self.found}, indent=1)
+        self.path.write_text(text + "\n", encoding="utf-8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--record")
+    if path is not None and not hasattr(config, "workerinput"):  # the process that hears of every test
+        config.pluginmanager.register(_Record(path))
