@@ -69,8 +69,8 @@ def gated_delta_rule(
         state: where the sequences stand; fresh when None.
         cu_seqlens: int `[N+1]`: N sequences packed into one row (B = 1), each with its own state.
         erase_value: `[B, T, HV, V]`, logits of an erase mask over value channels; `reference` only.
-        segments: how many pieces a backend may cut the sequence into to fill a device; never changes the result.
-            The backends here do not need it.
+        segments: how many pieces `triton`'s backward pass goes through the sequence in: more take less memory, fewer
+            fill a GPU better, and the result is the same to the bit. Chosen from the shape when None.
         return_state: give back the final state, else None.
         inplace_state: write the final state into `state`'s own tensors (inference only).
         backend: `auto` (`triton` for what it takes on a GPU, else `torch`), `triton`, `torch` or `reference`.
@@ -146,6 +146,7 @@ def gated_delta_rule(
             predict=predict,
             scale=scale,
             qk_norm=qk_l2norm and backend == "triton",
+            segments=segments or 0,
             cu_seqlens=cu_seqlens,
         )
     o = o.to(v.dtype)

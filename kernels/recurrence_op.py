@@ -41,6 +41,7 @@ class Call(NamedTuple):
     scale: float
     chunk: int  # L, 0 without a content gate
     qk_norm: bool  # q and k are still to be made of length one
+    segments: int  # pieces of the backward pass, 0 to leave it to the backend
 
 
 # The op's arguments that can have a gradient, and all that are tensors: the first fields of a Call.
@@ -75,6 +76,7 @@ class DeltaRule(Protocol):
         predict: str,
         scale: float,
         qk_norm: bool,
+        segments: int,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, DeltaState]: ...
 
@@ -96,13 +98,14 @@ def delta_rule(operator: Any) -> DeltaRule:
         predict: str,
         scale: float,
         qk_norm: bool,
+        segments: int,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, DeltaState]:
         down, up, chunk = (None, None, 0) if content is None else content
         floats = (q, k, v, log_decay, erase_logits, down, up, correct, write, *state[:3])
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
         o, S, o_sum, o_mean, count, *_ = operator(
-            *floats, state.count, cu_seqlens, predict == "stored", scale, chunk, qk_norm, save
+            *floats, state.count, cu_seqlens, predict == "stored", scale, chunk, qk_norm, segments, save
         )
         return o, DeltaState(S, o_sum, o_mean, count)
 
@@ -113,7 +116,7 @@ _LIBRARY = torch.library.Library("hybridzoo", "FRAGMENT")
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? erase_logits, Tensor? down, Tensor? up, Tensor? correct, "
     "Tensor? write, Tensor S, Tensor o_sum, Tensor o_mean, Tensor count, Tensor? cu_seqlens, bool stored, float scale, "
-    "int chunk, bool qk_norm"
+    "int chunk, bool qk_norm, int segments"
 )
 
 
@@ -179,8 +182,9 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
                     "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
                 )
             gradients = run_back(*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
-            # count, cu_seqlens and the five options have none.
-            return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *([None] * 7)
+            # count, cu_seqlens and the options have none.
+            spare = [None] * (len(Call._fields) + 1 - N_FLOATS)
+            return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *spare
 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = arguments[:N_FLOATS]

@@ -89,13 +89,15 @@ def run(call: Call, room: list[Tensor], d_results: list[Tensor]) -> list[Tensor 
 def plan(call: Call, C: int) -> Plan:
     """Cut the pass into windows and pieces."""
     if call.chunk:
-        return Plan(call.chunk // C, n_chunks(call), CHUNKS if call.cu_seqlens is None else 1)
+        chunks = n_chunks(call)
+        in_piece = -(-chunks // call.segments) if call.segments else CHUNKS
+        return Plan(call.chunk // C, chunks, in_piece if call.cu_seqlens is None else 1)
     blocks = -(-call.q.shape[1] // C)
     pieces = 1
     if call.cu_seqlens is None:  # else a sequence's length is data
         heads = call.S.shape[0] * call.v.shape[2]
-        pieces = max(1, min(MOST_PIECES, blocks, blocks * heads // LEAST_OF_A_PIECE))
-    span = max(1, -(-blocks // pieces))
+        pieces = min(blocks, call.segments or min(MOST_PIECES, blocks * heads // LEAST_OF_A_PIECE))
+    span = max(1, -(-blocks // max(1, pieces)))
     return Plan(span, max(1, -(-blocks // span)), 1)
 
 

@@ -9,6 +9,7 @@ Shapes: K key dim, V value dim.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -51,32 +52,43 @@ class Cuts(NamedTuple):
     key_warps: int
 
 
-def cuts_of(call: Call, save: bool) -> Cuts:
-    """The kernels' cut: from head sizes, the dtype, the content chunk, whether states are kept, and how many heads.
+def block_of(call: Call, save: bool) -> int:
+    """Tokens of a block: 32 beside bf16 products where states are kept, which halves what is kept, and for few heads,
+    whose scan is what takes long. Otherwise 16: faster to prepare, and in float32 the sums of decays stay short. With a
+    content gate too, where a chunk's blocks are all that can be worked on at a time."""
+    narrow = call.q.dtype == torch.bfloat16 and not call.chunk
+    return 32 if narrow and (save or call.S.shape[0] * call.v.shape[2] < 64) else 16
 
-    Beside bf16 products blocks are of 32 tokens where states are kept, which halves what is kept, and for few heads,
-    whose scan is what takes long. Otherwise they are of 16: faster to prepare, and in float32 the sums of decays stay
-    short. With a content gate too: a chunk's blocks are all that can be worked on at a time. Value channels are cut
-    until the scans have a program for each of some 128 multiprocessors: three cuts, which a new batch may compile.
-    """
-    K, V = power(call.q.shape[3]), power(call.v.shape[3])
-    narrow = call.q.dtype == torch.bfloat16
+
+def cuts_of(call: Call, save: bool) -> Cuts:
+    """The kernels' cut for a call, whose states are kept if `save`."""
     heads = call.S.shape[0] * call.v.shape[2]
-    block = 32 if narrow and not call.chunk and (save or heads < 64) else 16
+    narrow = call.q.dtype == torch.bfloat16
+    return _cuts(call.q.shape[3], call.v.shape[3], heads, block_of(call, save), narrow, call.chunk > 0)
+
+
+@functools.cache
+def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool) -> Cuts:
+    """The cut for so many heads, `narrow` where products are of bf16.
+
+    Value channels are cut until the scans have a program for each of some 128 multiprocessors: three cuts, which a new
+    batch may compile.
+    """
+    K, V = power(K), power(V)
     widest = 64 if narrow else 32
     scan_v = min(V, widest, max(16, widest * 128 // K))
     while scan_v > 16 and heads * (V // scan_v) < 128:
         scan_v //= 2
     return Cuts(
         block=block,
-        prepare_k=min(K, V, 64 if narrow and call.chunk else 32),
-        prepare_warps=1 if narrow and block == 16 and not call.chunk else 2,
+        prepare_k=min(K, V, 64 if narrow and content else 32),
+        prepare_warps=1 if narrow and block == 16 and not content else 2,
         scan_v=scan_v,
         scan_warps=4 if narrow or K <= 128 else 8,
         scan_stages=(2 if block == 32 else 3) if narrow else 1,
         value_k=min(K, 64 if narrow else 32),
         value_v=min(V, (128 if block == 32 else 64) if narrow else 32),
-        value_warps=2 if narrow and call.chunk else 4,
+        value_warps=2 if narrow and content else 4,
         key_k=min(K, 16 if block == 32 else 32),
         key_warps=2,
     )

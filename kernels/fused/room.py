@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.fused.config import cuts_of
+from hybridzoo.kernels.fused.config import block_of
 from hybridzoo.kernels.recurrence_op import Call
 
 
@@ -23,7 +23,7 @@ def room(call: Call, save: bool) -> list[Tensor]:
     V + K]`: a chunk's mean and the readout of it, zeros where no chunk is. bf16 stays bf16; fp16, whose range is too
     small for a state, becomes float32.
     """
-    (K, (HV, V)), C = (call.q.shape[3], call.v.shape[2:]), cuts_of(call, True).block
+    (K, (HV, V)), C = (call.q.shape[3], call.v.shape[2:]), block_of(call, True)
     blocks = n_blocks(call, C) if save else 0
     corrected = 0 if call.correct is None else blocks
     kept = call.q.dtype if call.q.dtype == torch.bfloat16 else torch.float32

@@ -42,7 +42,7 @@ def poisoned() -> Any:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("W", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("W", [1, 4, 7])
 @pytest.mark.parametrize("more", [True, False], ids=["bias, silu, tail", "plain"])
 @pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
 def test_it_is_the_convolution_forward_and_backward(shape: str, W: int, more: bool, dtype: torch.dtype) -> None:

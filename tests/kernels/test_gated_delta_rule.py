@@ -285,7 +285,7 @@ def test_the_operator_passes_torch_librarys_own_checks() -> None:
     problem = make_problem(erase="content", T=20, dtype=torch.float32)
     t = {n: x.requires_grad_() for n, x in problem.tensors.items()}
     names = ("q", "k", "v", "log_decay", "erase_logits", "down", "up", "correct", "write")
-    arguments = (*(t[n] for n in names), *problem.state, None, False, 0.5, 64, False, True)
+    arguments = (*(t[n] for n in names), *problem.state, None, False, 0.5, 64, False, 0, True)
     torch.library.opcheck(chunkwise_op._forward_op, arguments)
 
 

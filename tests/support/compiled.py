@@ -81,6 +81,7 @@ def planned(
         scale=K**-0.5,
         chunk=chunk if content else 0,
         qk_norm=norm,
+        segments=0,
     )
     kept = room(call, True)
     results = [call.v, call.S, call.o_sum, call.o_mean]

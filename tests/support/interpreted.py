@@ -125,6 +125,26 @@ def two_runs_give_the_same_bits() -> None:
 
 
 @check
+def any_number_of_segments_gives_the_same_bits() -> None:
+    for words in ({"T": 70}, {"T": 70, "erase": "content", "chunk": 16}, {"lengths": [40, 0, 30]}):
+        found = []
+        for segments in (None, 1, 3, 100):
+            case = problem(**words)
+            case.options["segments"] = segments
+            found.append(case.results("triton"))
+        assert all(torch.equal(x, again[name]) for again in found[1:] for name, x in found[0].items())
+
+
+@check
+def queries_and_keys_are_brought_to_unit_length_and_the_gradient_goes_through() -> None:
+    for words in ({"K": 48, "group": 2}, {**CONTENT}, {"decay": "none", "correct": "none", "lengths": [20, 0, 3]}):
+        case = problem(**words)
+        case.tensors["k"] = 3 * case.tensors["k"]
+        case.options["qk_l2norm"] = True
+        assert max(errors(case).values()) < 1e-5
+
+
+@check
 def any_split_into_calls_is_one_call() -> None:
     case = problem(**CONTENT)
     whole, end = case.call("triton")
@@ -224,7 +244,7 @@ def the_operator_passes_torch_librarys_own_checks() -> None:
     for words, save in (({"T": 20}, True), (packed, False), (CONTENT, False)):
         case = problem(**words)
         t = {n: x.requires_grad_(save) for n, x in case.tensors.items()}
-        options = (case.options["cu_seqlens"], case.options["predict"] == "stored", 0.5, case.chunk, False, save)
+        options = (case.options["cu_seqlens"], case.options["predict"] == "stored", 0.5, case.chunk, False, 0, save)
         torch.library.opcheck(op._forward_op, (*(t.get(n) for n in names), *case.state, *options))
 
 
