@@ -160,17 +160,16 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     run_back = _define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
 
     class Rule(torch.autograd.Function):
+        # Without a setup_context torch need not bind the arguments of each call; transforms of torch.func are refused.
         @staticmethod
-        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
             with torch._C._AutoDispatchBelowAutograd():
-                return run(*arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*inputs[:N_TENSORS], *output[N_RESULTS:])
-            ctx.options = inputs[N_TENSORS:-1]
+                output: tuple[Tensor, ...] = run(*arguments)
+            ctx.save_for_backward(*arguments[:N_TENSORS], *output[N_RESULTS:])
+            ctx.options = arguments[N_TENSORS:-1]
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
+            return output
 
         @staticmethod
         def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -145,8 +145,9 @@ def key_gradients_kernel(
             share, predicted = qa * d_qa - kb * d_kb, ea * d_ea
             dqt, dkt, dek = d_qa * a, d_kb * b, d_ea * ax
         else:
+            qa, kb, ea = operand(qt, MODE), operand(kt, MODE), operand(ek, MODE)
             if DECAY == 1:
-                d_end += tl.sum(d_last, 0) + tl.sum(tl.sum(kt * down * x_k, 0), 0)
+                d_end += tl.sum(d_last, 0) + tl.sum(tl.sum(kb * down * x_k, 0), 0)
                 x_q, x_k, x_e = x_q * up, x_k * down, x_e * ux
             dqt = x_q + mm(dPt, kt, MODE)
             dkt = x_k + mm(tl.trans(dPt), qt, MODE)
@@ -154,7 +155,7 @@ def key_gradients_kernel(
             if CORRECT > 0:
                 dek += mm(dAt, kt, MODE)
                 dkt += mm(tl.trans(dAt), ek, MODE)
-            share, predicted = operand(qt, MODE) * dqt - operand(kt, MODE) * dkt, operand(ek, MODE) * dek
+            share, predicted = qa * dqt - kb * dkt, ea * dek
         if DECAY > 0 or ERASE:
             if CORRECT > 0 and not STORED:
                 share += predicted
