@@ -15,14 +15,14 @@ import argparse
 import importlib.util
 import itertools
 import json
-import statistics
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from recording import environment, record
 from torch import Tensor
+from turns import gpu_in_turn, installed
 
 from hybridzoo.kernels.norms import gated_rms_norm
 from hybridzoo.kernels.short_conv import short_conv
@@ -144,27 +144,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         runs: dict[str, Callable[[], object]] = {}
         for side_name, side in job.sides.items():
             runs[side_name] = lambda side=side, run=run: run(side)
-        found[what] = _medians({**runs, "copy": copy}, rounds)
+        found[what] = gpu_in_turn({**runs, "copy": copy}, rounds, warmup=3)
     return found
-
-
-def _medians(sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + warmup):
-        for name, side in sides.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            side()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: round(statistics.median(ms[warmup:]), 4) for name, ms in times.items()}
 
 
 def main() -> None:
     """Measure, print and record."""
-    from recording import environment, record
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=JOBS, help="which operations")
     parser.add_argument("--rounds", type=int, default=30, help="timings of each side")
@@ -177,12 +162,13 @@ def main() -> None:
         found.append(measure(name, options.rounds))
         print(json.dumps(found[-1]), flush=True)
         torch.cuda.empty_cache()
-    try:
-        peer = version("fla-core")
-    except PackageNotFoundError:
-        peer = None
     sizes = {"B": B, "T": T, "C": C, "W": W, "H": H, "D": D, "packed_lengths": LENGTHS}
-    whole = {"environment": environment("triton"), "fla-core": peer, "dtype": "bfloat16", "sizes": sizes}
+    whole = {
+        "environment": environment("triton"),
+        "fla-core": installed("fla-core"),
+        "dtype": "bfloat16",
+        "sizes": sizes,
+    }
     print(f"written to {record('conv', {**whole, 'results': found}, options.out)}")
 
 

@@ -113,20 +113,20 @@ def delta_rule(operator: Any) -> DeltaRule:
 
 
 _LIBRARY = torch.library.Library("hybridzoo", "FRAGMENT")
-_CALL = (
+# Of the operators' schemas: what a token brings, and the fields of a DeltaState.
+TOKENS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? erase_logits, Tensor? down, Tensor? up, Tensor? correct, "
-    "Tensor? write, Tensor S, Tensor o_sum, Tensor o_mean, Tensor count, Tensor? cu_seqlens, bool stored, float scale, "
-    "int chunk, bool qk_norm, int segments"
+    "Tensor? write"
 )
+STATE = "Tensor S, Tensor o_sum, Tensor o_mean, Tensor count"
+_OPTIONS = "bool stored, float scale, int chunk, bool qk_norm, int segments"
+_CALL = f"{TOKENS}, {STATE}, Tensor? cu_seqlens, {_OPTIONS}"
 
 
 def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Any:
     """Register `hybridzoo::{name}` and `hybridzoo::{name}_backward`, with fakes and autograd; return the first.
 
     `room`, `forward` and `backward` are as the types above say. They see every call with autocast off.
-
-    By `torch.library.Library` and not `torch.library.custom_op`, whose autograd walks through the schema in each call:
-    with so many arguments that takes longer than a small call's kernels.
     """
 
     @without_autocast
@@ -156,8 +156,8 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
         ]
 
     kept = "Tensor[] kept, Tensor? d_o, Tensor? d_S, Tensor? d_sum, Tensor? d_mean"
-    run = _define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
-    run_back = _define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
+    run = define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
+    run_back = define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
 
     class Rule(torch.autograd.Function):
         # Without a setup_context torch need not bind the arguments of each call; transforms of torch.func are refused.
@@ -196,7 +196,12 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     return run
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register the operator `hybridzoo::{schema}`, which has no gradient yet, and return it.
+
+    By `torch.library.Library` and not `torch.library.custom_op`, whose autograd and version layers walk through the
+    schema in Python in each call: with so many arguments that takes longer than a small call's kernels.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -109,69 +109,76 @@ def launches(
     span, _, in_piece = plan(call, cut.block)
     where = places(call, cut.block)
     blocks = window_blocks(call, cut.block, in_piece * span)
-    made = new_blocks(call, cut, blocks, None)
     X = room[2] if call.correct is not None else None
-    content = _new_content(call, room[3], window_blocks(call, cut.block, span)) if call.chunk else None
     per_value_head = (*call.q.shape[:2], call.v.shape[2], call.q.shape[3])
     joined = torch.float32 if call.q.shape[2] != call.v.shape[2] else None  # summed over the value heads of a key head
 
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.empty_like(x)
 
-    buffers: dict[str, Any] = {
-        "dq": call.q.new_empty(per_value_head, dtype=joined),
-        "dk": call.q.new_empty(per_value_head, dtype=joined),
-        "dv": torch.empty_like(call.v),
-        "dg": like(call.log_decay),
-        "dz": like(call.erase_logits),
-        "de": like(call.correct),
-        "dw": like(call.write),
-        "dS0": torch.empty_like(call.S),
-    }
-    between: dict[str, Any] = {
-        "dstates": room[0].new_empty(blocks, *room[0].shape[1:]),
-        "dnews": room[1].new_empty(blocks, *room[1].shape[1:]),
-        "dP": torch.empty_like(made.P),
-        "dA": None if X is None else torch.empty_like(made.P),
-    }
+    p = _Pass(
+        call,
+        cut,
+        where,
+        room,
+        d_results,
+        made=(made := new_blocks(call, cut, blocks, None)),
+        content=_new_content(call, room[3], window_blocks(call, cut.block, span)) if call.chunk else None,
+        gradients={
+            "dq": call.q.new_empty(per_value_head, dtype=joined),
+            "dk": call.q.new_empty(per_value_head, dtype=joined),
+            "dv": torch.empty_like(call.v),
+            "dg": like(call.log_decay),
+            "dz": like(call.erase_logits),
+            "de": like(call.correct),
+            "dw": like(call.write),
+            "dS0": torch.empty_like(call.S),
+        },
+        between={
+            "dstates": room[0].new_empty(blocks, *room[0].shape[1:]),
+            "dnews": room[1].new_empty(blocks, *room[1].shape[1:]),
+            "dP": torch.empty_like(made.P),
+            "dA": None if X is None else torch.empty_like(made.P),
+        },
+    )
     ahead = prepare(call, cut, where, made, X, room[3], in_piece * span, keep=True, again=True)
     grid = (window_blocks(call, cut.block, span), call.v.shape[2])
-    back = _scan_back(call, cut, where, made, content, buffers, between, d_results)
-    values = _value_gradients(call, cut, where, made, content, buffers, between, room, d_results[0], grid)
-    keys = _key_gradients(call, cut, where, made, content, buffers, between, room[3], grid)
-    return (ahead, back, values, keys), buffers, content
+    return (ahead, p.scan_back(), p.value_gradients(grid), p.key_gradients(grid)), p.gradients, p.content
 
 
-def _scan_back(
-    call: Call,
-    cut: Cuts,
-    where: Places,
-    made: Blocks,
-    content: Content | None,
-    buffers: dict[str, Any],
-    between: dict[str, Any],
-    d_results: list[Tensor],
-) -> Launch:
-    d_o, d_S, d_sum, d_mean = d_results
-    return Launch(
-        scan_back_kernel,
-        (call.S.shape[0] * call.v.shape[2], triton.cdiv(call.v.shape[3], cut.scan_v)),
-        {
+class _Pass(NamedTuple):
+    """What the kernels of the pass share, and their launches, all for a window that is still to be said."""
+
+    call: Call
+    cut: Cuts
+    where: Places
+    room: list[Tensor]
+    d_results: list[Tensor]
+    made: Blocks
+    content: Content | None
+    gradients: dict[str, Any]
+    between: dict[str, Tensor | None]
+
+    def scan_back(self) -> Launch:
+        call, cut, made = self.call, self.cut, self.made
+        d_o, d_S, d_sum, d_mean = self.d_results
+        arguments = {
             **{name: value for name, value in made._asdict().items() if name != "U"},
-            **where.of_sequences(),
+            **self.where.of_sequences(),
             "down": call.down,
             "up": call.up,
-            **_of(content, "slopes", "du_blocks", "du_rows", "d_sum"),
+            **self._content("slopes", "du_blocks", "du_rows", "d_sum"),
             "do": d_o,
             "dS1": d_S,
             "dsum1": d_sum,
             "dmean1": d_mean,
-            "dS0": buffers["dS0"],
-            **{name: between[name] for name in ("dstates", "dnews")},
+            "dS0": self.gradients["dS0"],
+            "dstates": self.between["dstates"],
+            "dnews": self.between["dnews"],
             **window(0, 0),
             **sizes(call, "T", "HV", "K", "V"),
-        },
-        {
+        }
+        constants = {
             **cuts(call),
             **rank(call),
             "C": cut.block,
@@ -180,103 +187,74 @@ def _scan_back(
             "DECAYS": made.total is not None,
             "CORRECT": call.correct is not None,
             "STAGES": cut.scan_stages,
-        },
-        options(cut.scan_warps, cut.scan_stages),
-    )
+        }
+        grid = (call.S.shape[0] * call.v.shape[2], triton.cdiv(call.v.shape[3], cut.scan_v))
+        return Launch(scan_back_kernel, grid, arguments, constants, options(cut.scan_warps, cut.scan_stages))
 
-
-def _value_gradients(
-    call: Call,
-    cut: Cuts,
-    where: Places,
-    made: Blocks,
-    content: Content | None,
-    buffers: dict[str, Any],
-    between: dict[str, Any],
-    room: list[Tensor],
-    d_o: Tensor,
-    grid: tuple[int, int],
-) -> Launch:
-    states, news, inverses, _ = room
-    return Launch(
-        value_gradients_kernel,
-        grid,
-        {
+    def value_gradients(self, grid: tuple[int, int]) -> Launch:
+        call, cut = self.call, self.cut
+        states, news, inverses, _ = self.room
+        arguments = {
             "v": call.v,
             "w": call.write,
-            **where.of_blocks(),
+            **self.where.of_blocks(),
             "states": states,
             "news": news,
             "X": inverses if call.correct is not None else None,
-            **between,
-            "do": d_o,
-            "dv": buffers["dv"],
-            "dw": buffers["dw"],
-            **_of(content, "d_sum"),
-            "d_qE": made.qE,
-            "d_kZ": made.kZ,
-            "d_eE": made.W,
-            "total": made.total,
+            **self.between,
+            "do": self.d_results[0],
+            "dv": self.gradients["dv"],
+            "dw": self.gradients["dw"],
+            **self._content("d_sum"),
+            **self._of_states(),
+            "total": self.made.total,
             **window(0, 0),
             **sizes(call, "T", "HV", "K", "V"),
-        },
-        {
+        }
+        constants = {
             **cuts(call),
             "C": cut.block,
             "BK": power(call.q.shape[3]),
             "BV": power(call.v.shape[3]),
             "D": cut.value_k,
             "DV": cut.value_v,
-            "DECAYS": made.total is not None,
+            "DECAYS": self.made.total is not None,
             "CORRECT": kind(call.correct),
             "WRITE": kind(call.write),
-        },
-        options(cut.value_warps),
-    )
+        }
+        return Launch(value_gradients_kernel, grid, arguments, constants, options(cut.value_warps))
 
-
-def _key_gradients(
-    call: Call,
-    cut: Cuts,
-    where: Places,
-    made: Blocks,
-    content: Content | None,
-    buffers: dict[str, Any],
-    between: dict[str, Any],
-    readouts: Tensor,
-    grid: tuple[int, int],
-) -> Launch:
-    return Launch(
-        key_gradients_kernel,
-        grid,
-        {
+    def key_gradients(self, grid: tuple[int, int]) -> Launch:
+        call, cut = self.call, self.cut
+        arguments = {
             **key_inputs(call),
-            **where._asdict(),
-            "readouts": readouts if call.chunk else None,
-            **{name: between[name] for name in ("dP", "dA")},
-            "d_qE": made.qE,
-            "d_kZ": made.kZ,
-            "d_eE": made.W,
-            "d_total": made.total,
-            **{name: buffers[name] for name in ("dq", "dk", "dg", "dz", "de")},
-            **_of(content, "du_blocks"),
+            **self.where._asdict(),
+            "readouts": self.room[3] if call.chunk else None,
+            "dP": self.between["dP"],
+            "dA": self.between["dA"],
+            **self._of_states(),
+            "d_total": self.made.total,
+            **{name: self.gradients[name] for name in ("dq", "dk", "dg", "dz", "de")},
+            **self._content("du_blocks"),
             "scale": float(call.scale),
             **window(0, 0),
             **sizes(call, "T", "H", "HV", "K", "V"),
-        },
-        {**flags(call), "C": cut.block, "BK": power(call.q.shape[3]), "D": cut.key_k},
-        options(cut.key_warps),
-    )
+        }
+        constants = {**flags(call), "C": cut.block, "BK": power(call.q.shape[3]), "D": cut.key_k}
+        return Launch(key_gradients_kernel, grid, arguments, constants, options(cut.key_warps))
+
+    def _of_states(self) -> dict[str, Tensor | None]:
+        """The gradients that states give, which take the places of what was prepared."""
+        return {"d_qE": self.made.qE, "d_kZ": self.made.kZ, "d_eE": self.made.W}
+
+    def _content(self, *names: str) -> dict[str, Tensor | None]:
+        return {name: None if self.content is None else getattr(self.content, name) for name in names}
 
 
 def _joined(d: Tensor, like: Tensor) -> Tensor:
     """Sum a gradient `[B, T, HV, K]` over the value heads that share a key head."""
     H = like.shape[2]
     return d if d.shape[2] == H else d.unflatten(2, (H, -1)).sum(3).to(like.dtype)
-
-
-def _of(content: Content | None, *names: str) -> dict[str, Tensor | None]:
-    return {name: None if content is None else getattr(content, name) for name in names}
 
 
 def _new_content(call: Call, readouts: Tensor, blocks: int) -> Content:

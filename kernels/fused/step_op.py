@@ -8,7 +8,7 @@ Shapes: N sequences, H key heads, HV value heads, K key dim, V value dim, L cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.launch import FLOOR, Launch, kind
+from hybridzoo.kernels.recurrence_op import STATE, TOKENS, define
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
@@ -214,70 +215,29 @@ def _overlaps(x: Tensor) -> bool:
 
 
 @without_autocast
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase_logits: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    correct: Tensor | None,
-    write: Tensor | None,
-    S: Tensor,
-    o_sum: Tensor,
-    o_mean: Tensor,
-    count: Tensor,
-    stored: bool,
-    norm: bool,
-    scale: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    step = Step(
-        *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count),
-        *(stored, norm, scale, chunk),
-    )
+def _step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    step = Step(*arguments)
     _check(step)
-    o, S1, sum1, mean1, count1 = (_like(x) for x in (v, S, o_sum, o_mean, count))
-    launch(_dense(step), o, S1, sum1, mean1, count1).start(q.device)
+    o, S1, sum1, mean1, count1 = (_like(x) for x in (step.v, step.S, step.o_sum, step.o_mean, step.count))
+    launch(_dense(step), o, S1, sum1, mean1, count1).start(step.q.device)
     return o, S1, sum1, mean1, count1
 
 
 @without_autocast
-def _step_in_place(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase_logits: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    correct: Tensor | None,
-    write: Tensor | None,
-    S: Tensor,
-    o_sum: Tensor,
-    o_mean: Tensor,
-    count: Tensor,
-    stored: bool,
-    norm: bool,
-    scale: float,
-    chunk: int,
-) -> Tensor:
-    step = Step(
-        *(q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean, count),
-        *(stored, norm, scale, chunk),
-    )
+def _step_in_place(*arguments: Any) -> Tensor:
+    step = Step(*arguments)
     _check(step)
-    _check_apart(DeltaState(S, o_sum, o_mean, count))
+    given = DeltaState(step.S, step.o_sum, step.o_mean, step.count)
+    _check_apart(given)
     dense = _dense(step)
-    o, count1 = _like(v), _like(count)
-    launch(dense, o, dense.S, dense.o_sum, dense.o_mean, count1).start(q.device)
-    for given, written in ((S, dense.S), (o_sum, dense.o_sum), (o_mean, dense.o_mean)):
-        if written is not given:  # a copy, since the given one is not contiguous
-            given.copy_(written)
-    if chunk:
-        count.copy_(count1)
-    torch.autograd.graph.increment_version((S, o_sum, o_mean))  # whoever kept one for a backward pass learns of it
+    o, count1 = _like(step.v), _like(step.count)
+    launch(dense, o, dense.S, dense.o_sum, dense.o_mean, count1).start(step.q.device)
+    for field, written in zip(given[:3], (dense.S, dense.o_sum, dense.o_mean), strict=True):
+        if written is not field:  # a copy, since the given one is not contiguous
+            field.copy_(written)
+    if step.chunk:
+        given.count.copy_(count1)
+    torch.autograd.graph.increment_version(given[:3])  # whoever kept one for a backward pass learns of it
     return o
 
 
@@ -285,20 +245,13 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _register(name: str, run: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]) -> Any:
-    """Register `hybridzoo::{name}` and return it.
-
-    Not by `torch.library.custom_op`, whose autograd and version layers in Python take several times as long as all
-    else that a step asks of the host, and are for gradients that it does not have.
-    """
-    qualified = f"hybridzoo::{name}"
-    schema = torch.library.infer_schema(run, mutates_args=mutates)
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", run)
-    torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.hybridzoo, name).default
-
-
-_FIELDS = ("S", "o_sum", "o_mean", "count")
-_step_op = _register("fused_step", _step, lambda *given: tuple(_like(x) for x in (given[2], *given[9:13])), ())
-_in_place_op = _register("fused_step_", _step_in_place, lambda *given: _like(given[2]), _FIELDS)
+_OPTIONS = "bool stored, bool norm, float scale, int chunk"
+_IN_PLACE = "Tensor(a!) S, Tensor(b!) o_sum, Tensor(c!) o_mean, Tensor(d!) count"
+_step_op = define(
+    f"fused_step({TOKENS}, {STATE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _step,
+    lambda *given: tuple(_like(x) for x in (given[2], *given[9:13])),
+)
+_in_place_op = define(
+    f"fused_step_({TOKENS}, {_IN_PLACE}, {_OPTIONS}) -> Tensor", _step_in_place, lambda *given: _like(given[2])
+)

@@ -69,14 +69,6 @@ def drawn(flags: dict[str, Any], K: int, V: int, seed: int) -> Problem:
     return case
 
 
-@pytest.fixture
-def poisoned() -> Any:
-    """Fresh memory holds NaN, so that whatever a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("row, heads, dtype", SHIPPED, ids=str)
 @pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
