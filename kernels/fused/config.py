@@ -87,7 +87,7 @@ def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool) -
         scan_warps=4 if narrow or K <= 128 else 8,
         scan_stages=(2 if block == 32 else 3) if narrow else 1,
         value_k=min(K, 64 if narrow else 32),
-        value_v=min(V, (128 if block == 32 else 64) if narrow else 32),
+        value_v=min(V, (128 if block == 32 and K <= 128 else 64) if narrow else 32),
         value_warps=2 if narrow and content else 4,
         key_k=min(K, 16 if block == 32 else 32),
         key_warps=2,
