@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts, check_cu_seqlens, check_inputs, check_state
 from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
+from hybridzoo.kernels.derivatives import refuse_forward_mode
 from hybridzoo.kernels.fused.op import fused_delta_rule
 from hybridzoo.kernels.fused.step_op import fused_step, no_gradient_to_come
 from hybridzoo.kernels.fused.support import refusal
@@ -80,6 +81,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices, bounds or options that do not fit, naming the argument.
+        NotImplementedError: in forward mode, but on `reference`.
 
     The rows of flags that make GLA, Mamba-2, DeltaNet, Gated DeltaNet, KDA, Gated DeltaNet-2 and CARVE of it are in
     `hybridzoo.mixers`.
@@ -114,17 +116,18 @@ def gated_delta_rule(
     else:
         check_state(state, n, HV, K, V, content is not None, dtype, q.device)
     scale = K**-0.5 if scale is None else scale
-    if backend == "triton" and T == 1 and cu_seqlens is None:
-        floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *state[:3])
-        if no_gradient_to_come(floats):
-            o, new_state = fused_step(
-                *(q, k, v, log_decay, erase_logits, content, correct, write, state),
-                predict=predict,
-                scale=scale,
-                qk_l2norm=qk_l2norm,
-                inplace_state=inplace_state,
-            )
-            return o, new_state if return_state else None
+    floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *state[:3])
+    if backend != "reference":
+        refuse_forward_mode(f"gated_delta_rule with backend={backend!r}", floats)
+    if backend == "triton" and T == 1 and cu_seqlens is None and no_gradient_to_come(floats):
+        o, new_state = fused_step(
+            *(q, k, v, log_decay, erase_logits, content, correct, write, state),
+            predict=predict,
+            scale=scale,
+            qk_l2norm=qk_l2norm,
+            inplace_state=inplace_state,
+        )
+        return o, new_state if return_state else None
     if qk_l2norm and backend != "triton":  # whose kernels do it themselves
         q, k = l2_norm(q), l2_norm(k)
     if backend == "reference":

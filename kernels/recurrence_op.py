@@ -159,6 +159,17 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     run = define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
     run_back = define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
 
+    class First(torch.autograd.Function):
+        """The backward operator where a second derivative may be asked for, to refuse it."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            return tuple(run_back(*arguments))
+
+        @staticmethod
+        def backward(ctx: Any, *d_outputs: Tensor) -> None:
+            raise RuntimeError("gated_delta_rule has no second derivative on this backend: use backend='reference'")
+
     class Rule(torch.autograd.Function):
         # Without a setup_context torch need not bind the arguments of each call; transforms of torch.func are refused.
         @staticmethod
@@ -180,7 +191,8 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
                     "gated_delta_rule kept nothing to go back on: its gradient was taken through a transform, such as "
                     "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
                 )
-            gradients = run_back(*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
+            call = (*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
+            gradients = First.apply(*call) if torch.is_grad_enabled() else run_back(*call)
             # count, cu_seqlens and the options have none.
             spare = [None] * (len(Call._fields) + 1 - N_FLOATS)
             return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *spare

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_bounds
+from hybridzoo.kernels.derivatives import refuse_forward_mode
 from hybridzoo.kernels.fused.config import options
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.support import DTYPES, device_refusal
@@ -137,10 +137,7 @@ def fused_conv(
 
     Raises `NotImplementedError` in forward mode, whose tangents an operator would drop without a word.
     """
-    if not torch.compiler.is_compiling():
-        for tensor in (x, weight, bias, tail):
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError("short_conv has derivatives in reverse mode only, none in forward mode")
+    refuse_forward_mode("short_conv", (x, weight, bias, tail))
     return _conv_op(x, weight, bias, tail, cu_seqlens, silu)
 
 

@@ -1,6 +1,7 @@
 """The recurrence's fast path against the token loop, and the identities that hold for any backend."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -294,3 +295,34 @@ def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
     compiled = torch.compile(problem.call, fullgraph=True, backend="aot_eager")
     for x, y in zip(compiled("torch")[1], problem.call("torch")[1], strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_tangent_is_refused_where_it_would_be_lost_and_goes_through_the_reference():
+    problem = make_problem(T=5, B=1)
+    q = problem.tensors["q"]
+
+    def run(backend: str) -> Any:
+        def of_q(x: torch.Tensor) -> torch.Tensor:
+            return problem.call(backend, {**problem.tensors, "q": x})[0]
+
+        return torch.func.jvp(of_q, (q,), (torch.ones_like(q),))
+
+    with pytest.raises(NotImplementedError, match="reverse mode only"):
+        run("torch")
+    o, tangent = run("reference")
+    moved = problem.call("torch", {**problem.tensors, "q": q + 1})[0]  # the output is linear in q
+    assert_close({"o": tangent}, {"o": moved - o}, 1e-12)
+
+
+def test_a_second_derivative_is_refused_and_goes_through_the_reference():
+    problem = make_problem(T=5, B=1)
+
+    def second(backend: str) -> torch.Tensor:
+        k = problem.tensors["k"].clone().requires_grad_()
+        o, _ = problem.call(backend, {**problem.tensors, "k": k})
+        (first,) = torch.autograd.grad(o.square().sum(), k, create_graph=True)
+        return torch.autograd.grad(first.square().sum() + k.sum(), k)[0]
+
+    assert second("reference").abs().sum() > 0
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        second("torch")

@@ -1,0 +1,17 @@
+"""Keeping derivatives that an operator does not have from being wrong in silence. May import torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def refuse_forward_mode(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise `NotImplementedError` where a tensor carries a tangent, which an operator would drop without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{name} has derivatives in reverse mode only, none in forward mode")
