@@ -99,7 +99,8 @@ def prepare_kernel(
                     kr_ok = k_ok[:, None] & (rc < RANK)[None, :]
                     U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=kr_ok, other=0.0)
                     u = tl.sum(U2 * hidden[None, :], 1)
-                    tl.store(readouts + row + V + kc, u, mask=k_ok & leads)  # for the backward pass
+                    if leads:  # no part of the mask, which the interpreter of Triton 3.9 makes a number of
+                        tl.store(readouts + row + V + kc, u, mask=k_ok)  # for the backward pass
             log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, C, D)
             ref, end, a, b, ax, last, up_c, down_c = channel_factors(log_D, EXCLUSIVE, MODE, C, D)
             qa, kb, ea = qt * a, kt * b, ek * ax
