@@ -92,7 +92,8 @@ def decay(device: str) -> Job:
     wide = torch.zeros(B, T, H, D, device=device)
 
     def run() -> Tensor:
-        return gates.log_decay(f)
+        made: Tensor = gates(f, H, 0)[0]
+        return made
 
     def back() -> object:
         return torch.add(f.detach(), wide, out=torch.empty_like(f))

@@ -37,6 +37,20 @@ def test_the_layers_are_timed_and_counted_on_a_cpu(tmp_path: Path) -> None:
     assert set(found["carve_over_gdn2"]) == {"parameters", "ms eager"}
 
 
+OPERATIONS = """
+import conv, torch
+conv.B, conv.T, conv.H, conv.D = 1, 5, 2, 8
+for job in (conv.norm("cpu"), conv.decay("cpu")):
+    y = job.sides["pytorch"]()
+    assert all(d.shape == x.shape for d, x in zip(torch.autograd.grad(y.sum(), job.leaves), job.leaves, strict=True))
+    job.copy(), job.copy_backward()
+"""
+
+
+def test_the_small_operations_run_on_a_cpu() -> None:
+    run("-c", OPERATIONS)
+
+
 TURNS = """
 import time
 from turns import measured_in_turn
