@@ -139,7 +139,7 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     def fake_operator(*arguments: Any) -> tuple[Tensor, ...]:
         *fields, save = arguments
         call = Call(*fields)
-        ends = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.v, *call[9:13]))
+        ends = (dense_like(x) for x in (call.v, *call[9:13]))
         return *ends, *room(call, save)
 
     @without_autocast
@@ -150,10 +150,7 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
 
     def fake_backward_operator(*arguments: Any) -> list[Tensor]:
         q = arguments[0]
-        return [
-            q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-            for x in arguments[:N_FLOATS]
-        ]
+        return [q.new_empty(0) if x is None else dense_like(x) for x in arguments[:N_FLOATS]]
 
     kept = "Tensor[] kept, Tensor? d_o, Tensor? d_S, Tensor? d_sum, Tensor? d_mean"
     run = define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
@@ -206,6 +203,11 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
 
     _LIBRARY.impl(name, differentiable, "Autograd")
     return run
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """Unwritten memory like `x`, contiguous whatever `x` is."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -50,8 +50,9 @@ class Plan(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What only a content gate has: `tanh'` at each row, readouts' gradients by block and row, and that of a sum."""
+    """What only a content gate has: `tanh` and its slope at each row, readouts' gradients by block and row, a sum's."""
 
+    hidden: Tensor
     slopes: Tensor
     du_blocks: Tensor
     du_rows: Tensor
@@ -261,6 +262,7 @@ def _new_content(call: Call, readouts: Tensor, blocks: int) -> Content:
     (HV, V), K = call.v.shape[2:], call.q.shape[3]
     hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", call.down, readouts[..., :V]))
     return Content(
+        hidden=hidden,
         slopes=(1 - hidden * hidden).contiguous(),
         du_blocks=readouts.new_zeros(blocks, HV, K),
         du_rows=readouts.new_zeros(readouts.shape[0], HV, K),
@@ -276,10 +278,9 @@ def _content_gradients(
     assert call.up is not None
     means, du = readouts[..., : call.v.shape[3]], content.du_rows
     du[rows] = content.du_blocks.unflatten(0, (call.S.shape[0], -1)).sum(1)  # the first chunk's, the last to be known
-    hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", call.down, means))
     d_hidden = torch.einsum("hkr,nhk->nhr", call.up, du) * content.slopes
     lengths = call.q.shape[1] if call.cu_seqlens is None else call.cu_seqlens.diff()
     unread = (call.count + lengths < call.chunk)[:, None, None]  # no chunk was closed: the mean went through
     d_mean = torch.einsum("nhr,hrv->nhv", d_hidden[rows], call.down) + torch.where(unread, d_mean1, 0.0)
-    d_down, d_up = torch.einsum("nhr,nhv->hrv", d_hidden, means), torch.einsum("nhk,nhr->hkr", du, hidden)
+    d_down, d_up = torch.einsum("nhr,nhv->hrv", d_hidden, means), torch.einsum("nhk,nhr->hkr", du, content.hidden)
     return d_down.contiguous(), d_up.contiguous(), content.d_sum, d_mean.contiguous()

@@ -19,6 +19,7 @@ from hybridzoo.kernels.derivatives import refuse_forward_mode
 from hybridzoo.kernels.fused.config import options
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.support import DTYPES, device_refusal
+from hybridzoo.kernels.recurrence_op import dense_like
 
 MAX_TAPS = 8  # the last rows of a block live in registers
 # Tokens of a block: the fewer, the more programs; the more, the fewer rows that are read twice, and backward the fewer
@@ -149,7 +150,7 @@ def _conv_op(
     call = ConvCall(x, weight, bias, tail, cu_seqlens, silu)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens.tolist(), x.shape[1])
-    y, new_tail = _like(x), _new_tail(call)
+    y, new_tail = dense_like(x), _new_tail(call)
     forward_launch(call, y, new_tail).start(x.device)
     return y, new_tail
 
@@ -158,7 +159,7 @@ def _conv_op(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    return _like(x), _new_tail(ConvCall(x, weight, bias, tail, cu_seqlens, silu))
+    return dense_like(x), _new_tail(ConvCall(x, weight, bias, tail, cu_seqlens, silu))
 
 
 @torch.library.custom_op("hybridzoo::fused_conv_backward", mutates_args=())
@@ -205,13 +206,9 @@ def _(
 
 def _gradients(call: ConvCall, through_tail: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for the gradients of x, weight, bias and tail, contiguous; empty for what is not there or not asked for."""
-    d_bias = call.x.new_empty(0) if call.bias is None else _like(call.bias)
-    d_tail = _like(call.tail) if call.tail is not None and through_tail else call.x.new_empty(0)
-    return _like(call.x), _like(call.weight), d_bias, d_tail
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_bias = call.x.new_empty(0) if call.bias is None else dense_like(call.bias)
+    d_tail = dense_like(call.tail) if call.tail is not None and through_tail else call.x.new_empty(0)
+    return dense_like(call.x), dense_like(call.weight), d_bias, d_tail
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

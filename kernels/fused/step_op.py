@@ -19,7 +19,7 @@ from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.launch import FLOOR, Launch, kind
-from hybridzoo.kernels.recurrence_op import STATE, TOKENS, define
+from hybridzoo.kernels.recurrence_op import STATE, TOKENS, define, dense_like
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
@@ -218,7 +218,7 @@ def _overlaps(x: Tensor) -> bool:
 def _step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     step = Step(*arguments)
     _check(step)
-    o, S1, sum1, mean1, count1 = (_like(x) for x in (step.v, step.S, step.o_sum, step.o_mean, step.count))
+    o, S1, sum1, mean1, count1 = (dense_like(x) for x in (step.v, step.S, step.o_sum, step.o_mean, step.count))
     launch(_dense(step), o, S1, sum1, mean1, count1).start(step.q.device)
     return o, S1, sum1, mean1, count1
 
@@ -230,7 +230,7 @@ def _step_in_place(*arguments: Any) -> Tensor:
     given = DeltaState(step.S, step.o_sum, step.o_mean, step.count)
     _check_apart(given)
     dense = _dense(step)
-    o, count1 = _like(step.v), _like(step.count)
+    o, count1 = dense_like(step.v), dense_like(step.count)
     launch(dense, o, dense.S, dense.o_sum, dense.o_mean, count1).start(step.q.device)
     for field, written in zip(given[:3], (dense.S, dense.o_sum, dense.o_mean), strict=True):
         if written is not field:  # a copy, since the given one is not contiguous
@@ -241,17 +241,13 @@ def _step_in_place(*arguments: Any) -> Tensor:
     return o
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 _OPTIONS = "bool stored, bool norm, float scale, int chunk"
 _IN_PLACE = "Tensor(a!) S, Tensor(b!) o_sum, Tensor(c!) o_mean, Tensor(d!) count"
 _step_op = define(
     f"fused_step({TOKENS}, {STATE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _step,
-    lambda *given: tuple(_like(x) for x in (given[2], *given[9:13])),
+    lambda *given: tuple(dense_like(x) for x in (given[2], *given[9:13])),
 )
 _in_place_op = define(
-    f"fused_step_({TOKENS}, {_IN_PLACE}, {_OPTIONS}) -> Tensor", _step_in_place, lambda *given: _like(given[2])
+    f"fused_step_({TOKENS}, {_IN_PLACE}, {_OPTIONS}) -> Tensor", _step_in_place, lambda *given: dense_like(given[2])
 )
