@@ -188,9 +188,9 @@ def _roll_mean(out: Tensor, tiling: Tiling, index: int, o_sum: Tensor, o_mean: T
 
 
 def content_readout(content: ContentGate, o_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """`tanh(U1 m) [n, HV, r]` and `u = U2 tanh(U1 m) [n, HV, K]` (CARVE eq. 7)."""
-    hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", content.down, o_mean))
-    return hidden, torch.einsum("hkr,nhr->nhk", content.up, hidden)
+    """`U1 m [n, HV, r]` and `u = U2 tanh(U1 m) [n, HV, K]` (CARVE eq. 7)."""
+    x = torch.einsum("hrv,nhv->nhr", content.down, o_mean)
+    return x, torch.einsum("hkr,nhr->nhk", content.up, torch.tanh(x))
 
 
 @dataclass
@@ -219,11 +219,12 @@ class _ContentGrad:
         """Take the gradient of `z + u` `[G, C, K]` back to the pair and to the mean it was read from."""
         n, HV, _ = mean.shape
         du = d_erase.sum(1).view(steps, n, HV, -1).sum(0)
-        hidden, _ = content_readout(self.content, mean)
-        self.up += torch.einsum("nhk,nhr->hkr", du, hidden)
-        d_hidden = torch.einsum("hkr,nhk->nhr", self.content.up, du) * (1 - hidden * hidden)
-        self.down += torch.einsum("nhr,nhv->hrv", d_hidden, mean)
-        self.o_mean[:n] += torch.einsum("hrv,nhr->nhv", self.content.down, d_hidden)
+        x, _ = content_readout(self.content, mean)
+        self.up += torch.einsum("nhk,nhr->hkr", du, torch.tanh(x))
+        # tanh' as 1 - tanh^2 has no digits left where tanh is near 1.
+        d_x = torch.einsum("hkr,nhk->nhr", self.content.up, du) * torch.cosh(x) ** -2
+        self.down += torch.einsum("nhr,nhv->hrv", d_x, mean)
+        self.o_mean[:n] += torch.einsum("hrv,nhr->nhv", self.content.down, d_x)
 
 
 def backward(

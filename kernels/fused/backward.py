@@ -260,10 +260,10 @@ def _joined(d: Tensor, like: Tensor) -> Tensor:
 
 def _new_content(call: Call, readouts: Tensor, blocks: int) -> Content:
     (HV, V), K = call.v.shape[2:], call.q.shape[3]
-    hidden = torch.tanh(torch.einsum("hrv,nhv->nhr", call.down, readouts[..., :V]))
+    x = torch.einsum("hrv,nhv->nhr", call.down, readouts[..., :V]).contiguous()
     return Content(
-        hidden=hidden,
-        slopes=(1 - hidden * hidden).contiguous(),
+        hidden=torch.tanh(x),
+        slopes=torch.cosh(x) ** -2,  # 1 - tanh^2 has no digits left where tanh is near 1
         du_blocks=readouts.new_zeros(blocks, HV, K),
         du_rows=readouts.new_zeros(readouts.shape[0], HV, K),
         d_sum=torch.empty_like(call.o_sum),

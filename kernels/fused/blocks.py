@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import exclusive, exponential
+from hybridzoo.kernels.fused.tile import exponential, wide
 
 
 @triton.jit
@@ -67,6 +67,7 @@ def channel_factors(log_D, EXCLUSIVE: tl.constexpr, MODE: tl.constexpr, C: tl.co
     inverse, and the correction's `exp(G' - ref)`, `G'` exclusive or not; the whole block's sum `[D]`; `exp(ref)` and
     `exp(G_last - ref)`. All without a note `[C, D]`.
     """
+    log_D = wide(log_D, MODE)
     G = tl.cumsum(log_D, 0)
     ref = snapped(eighth(G, 3, C, D), MODE)
     end = snapped(eighth(G, 7, C, D), MODE)
@@ -74,7 +75,7 @@ def channel_factors(log_D, EXCLUSIVE: tl.constexpr, MODE: tl.constexpr, C: tl.co
     a = exponential(x, MODE)
     ax = a
     if EXCLUSIVE:
-        ax = exponential(exclusive(G, log_D, MODE, C) - spread(ref, C, D), MODE)
+        ax = exponential(G - log_D - spread(ref, C, D), MODE)
     last = tl.sum(log_D, 0)
     up = spread(exponential(ref, MODE), C, D)
     down = spread(exponential(last[None, :] - ref, MODE), C, D)
@@ -88,10 +89,11 @@ def scalar_factors(log_D, EXCLUSIVE: tl.constexpr, MODE: tl.constexpr, C: tl.con
     Returns: the whole block's sum; `exp(G)`, `exp(G')` and `exp(G_last - G)`, `[C, 1]`; `exp(G_i - G_j)` and
     `exp(G'_i - G_j)`, of use for pairs in which i is the later token, `[C, C]`.
     """
+    log_D = wide(log_D, MODE)
     G = tl.cumsum(log_D, 0)
     Gx = G
     if EXCLUSIVE:
-        Gx = exclusive(G, log_D, MODE, C)
+        Gx = G - log_D
     last = tl.sum(log_D, 0)
     up = exponential(G, MODE)[:, None]
     ux = exponential(Gx, MODE)[:, None]

@@ -1,8 +1,9 @@
 """The gradients of keys, queries, corrections and decays, a window at once, from those of products and of states.
 
-Every exponent is a sum of log-decays from one place to another, so a place's share of its gradient is
-`q q^ + (e k)(e k)^ - k k^`, and a token's own is the sum over the places after it. What two places share cancels in
-that sum only if both read the same numbers: factors as products round them.
+Every exponent is a sum of log-decays from one place to another, and a token's gradient the sum of what crosses it. A
+scalar decay's is taken so, from pairs of tokens. Of a channel's, a place's share is `q q^ + (e k)(e k)^ - k k^`, and a
+token's own is the sum over the places after it. What two places share cancels in that sum only if both read the same
+numbers: factors as products round them.
 
 Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
 N sequences, L content chunk.
@@ -39,6 +40,22 @@ def far_back(d_qa, d_ea, d_kb, dP, dA, qa, ea, kb, ref, end, SPAN: tl.constexpr,
 
 
 @triton.jit
+def crossing(d_pairs, d_read, d_write, LATER: tl.constexpr, C: tl.constexpr):
+    """What crosses each token `[C]`: of pairs `[C, C]`, of reads of the state before, of writes to the one after.
+
+    A token that reads has its own decay in between; with LATER it does not.
+    """
+    i = tl.arange(0, C)
+    r, c = i[:, None], i[None, :]
+    after = tl.cumsum(d_pairs, 0, reverse=True)
+    reads = c >= r
+    if LATER:
+        after -= d_pairs
+        reads = c > r
+    return tl.sum(tl.where(c < r, after + d_write[None, :], 0.0) + tl.where(reads, d_read[None, :], 0.0), 1)
+
+
+@triton.jit
 def through_norm(d, x, factor, along, pos, h, H, hv, HV, K, kc, ok, k_ok):
     """Turn the gradient of `y = factor x` in `d`, with `along = sum y y^`, into that of x: `factor (y^ - y along)`."""
     y = load(x, pos, h, H, K, kc, ok, k_ok) * factor
@@ -61,8 +78,8 @@ def key_gradients_kernel(
     du_at = (tl.program_id(0) * HV + hv).to(tl.int64) * K
     if not live:
         if CONTENT > 0:
-            none = tl.arange(0, BK)
-            tl.store(du_blocks + du_at + none, tl.zeros((BK,), tl.float32), mask=none < K)
+            every = tl.arange(0, BK)
+            tl.store(du_blocks + du_at + every, tl.zeros((BK,), tl.float32), mask=every < K)
         return
     slot = slot * HV + hv
     i = tl.arange(0, C)
@@ -88,8 +105,9 @@ def key_gradients_kernel(
         last, up, ux, down, pairs, corrected = scalar_factors(log_D, EXCLUSIVE, MODE, C)
         dPt = dPt * pairs
         dAt = dAt * corrected
-        d_G = tl.zeros((C,), tl.float32)
-        d_x = tl.zeros((C,), tl.float32)
+        qk, ekk = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+        none = tl.zeros((C,), tl.float32)
+        d_read, d_write, d_predict = none, none, none
         d_end = tl.sum(tl.zeros((C,), tl.float32), 0)
     d_g = tl.zeros((C,), tl.float32)
     d_e = tl.zeros((C,), tl.float32)
@@ -143,41 +161,39 @@ def key_gradients_kernel(
                     d_qa, d_ea, d_kb, dPt, dAt, qa, ea, kb, ref, end, 32, CORRECT > 0, MODE, C, D
                 )
             share, predicted = qa * d_qa - kb * d_kb, ea * d_ea
+            if CORRECT > 0 and not STORED:
+                share += predicted
+            d_log = tl.cumsum(share, 0, reverse=True) + d_last[None, :]
+            if CORRECT > 0 and STORED:
+                d_log += tl.cumsum(predicted, 0, reverse=True) - predicted
+            d_log = tl.where(log_D > FLOOR, d_log, 0.0)
+            if DECAY == 2:
+                store(dg, d_log, pos, hv, HV, K, kc, ok, k_ok)
+            elif DECAY == 1:
+                d_g += tl.sum(d_log, 1)
+            if ERASE:
+                d_logit = -d_log * tl.sigmoid(logit)
+                store(dz, d_logit, pos, hv, HV, K, kc, ok, k_ok)
+                if CONTENT > 0:
+                    du = tl.sum(tl.where(ok[:, None], d_logit, 0.0), 0)
+                    tl.store(du_blocks + du_at + kc, du, mask=k_ok)
             dqt, dkt, dek = d_qa * a, d_kb * b, d_ea * ax
         else:
-            qa, kb, ea = operand(qt, MODE), operand(kt, MODE), operand(ek, MODE)
             if DECAY == 1:
-                d_end += tl.sum(d_last, 0) + tl.sum(tl.sum(kb * down * x_k, 0), 0)
+                d_end += tl.sum(d_last, 0)
                 x_q, x_k, x_e = x_q * up, x_k * down, x_e * ux
+                d_read += tl.sum(qt * x_q, 1)
+                d_write += tl.sum(kt * x_k, 1)
+                qk += mm(qt, tl.trans(kt), MODE)
+                if CORRECT > 0:
+                    d_predict += tl.sum(ek * x_e, 1)
+                    ekk += mm(ek, tl.trans(kt), MODE)
             dqt = x_q + mm(dPt, kt, MODE)
             dkt = x_k + mm(tl.trans(dPt), qt, MODE)
             dek = x_e
             if CORRECT > 0:
                 dek += mm(dAt, kt, MODE)
                 dkt += mm(tl.trans(dAt), ek, MODE)
-            share, predicted = qa * dqt - kb * dkt, ea * dek
-        if DECAY > 0 or ERASE:
-            if CORRECT > 0 and not STORED:
-                share += predicted
-            if DECAY == 2 or ERASE:
-                d_log = tl.cumsum(share, 0, reverse=True) + d_last[None, :]
-                if CORRECT > 0 and STORED:
-                    d_log += tl.cumsum(predicted, 0, reverse=True) - predicted
-                d_log = tl.where(log_D > FLOOR, d_log, 0.0)
-                if DECAY == 2:
-                    store(dg, d_log, pos, hv, HV, K, kc, ok, k_ok)
-                elif DECAY == 1:
-                    d_g += tl.sum(d_log, 1)
-                if ERASE:
-                    d_logit = -d_log * tl.sigmoid(logit)
-                    store(dz, d_logit, pos, hv, HV, K, kc, ok, k_ok)
-                    if CONTENT > 0:
-                        du = tl.sum(tl.where(ok[:, None], d_logit, 0.0), 0)
-                        tl.store(du_blocks + du_at + kc, du, mask=k_ok)
-            else:
-                d_G += tl.sum(share, 1)
-                if CORRECT > 0 and STORED:
-                    d_x += tl.sum(predicted, 1)
         dqt += d_self * kt
         dkt += d_self * qt
         if CORRECT == 1:
@@ -194,7 +210,9 @@ def key_gradients_kernel(
 
     if DECAY == 1:
         if not ERASE:
-            d_g = tl.cumsum(d_G, 0, reverse=True) + d_end + tl.cumsum(d_x, 0, reverse=True) - d_x
+            d_g = d_end + crossing(dPt * qk, d_read, d_write, False, C)
+            if CORRECT > 0:
+                d_g += crossing(dAt * ekk, d_predict, none, STORED, C)
             d_g = tl.where(log_D > FLOOR, d_g, 0.0)
         tl.store(dg + pos.to(tl.int64) * HV + hv, d_g, mask=ok)
     if CORRECT == 1:

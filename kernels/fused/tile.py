@@ -58,14 +58,26 @@ def softplus(x):
 
 
 @triton.jit
+def wide(x, MODE: tl.constexpr):
+    """`x` as log-decays are summed: float64 beside float32 products, where the differences of two sums of hundreds are
+    to be right in the last place."""
+    if MODE == "bf16":
+        return x
+    else:
+        return x.to(tl.float64)
+
+
+@triton.jit
 def exponential(x, MODE: tl.constexpr):
-    """`exp(x)`; beside bf16 products without the care for results below 1e-38 that `tl.exp` takes."""
+    """`exp(x)` of a `wide` x in float32; beside bf16 products without care for results below 1e-38."""
     if MODE == "bf16":
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.exp(x)
+        y = x * 1.4426950408889634
+        near = y.to(tl.float32)
+        return tl.exp2(near) * (1 + (y - near).to(tl.float32) * 0.6931471805599453)
 
 
 @triton.jit
@@ -103,20 +115,6 @@ def log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY: tl.constexpr, ERASE:
             x = x[:, None]
         x = tl.where(ok[:, None] & k_ok[None, :], x - softplus(logit), 0.0)
     return tl.maximum(x, FLOOR), logit
-
-
-@triton.jit
-def exclusive(G, log_D, MODE: tl.constexpr, C: tl.constexpr):
-    """The running sum without the token itself: beside float32 products a sum of its own, no difference of sums."""
-    i = tl.arange(0, C)
-    if MODE == "bf16":
-        return G - log_D
-    else:
-        before = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-        if len(G.shape) == 2:
-            return tl.dot(before, log_D, input_precision="ieee")
-        else:
-            return tl.sum(before * log_D[None, :], 1)
 
 
 @triton.jit

@@ -76,10 +76,12 @@ def test_every_row_of_flags_is_the_recurrence_forward_and_backward(
     row: str, heads: str, dtype: torch.dtype, record_property: Any
 ) -> None:
     worst: dict[str, float] = {}
+    over: dict[int, dict[str, str]] = {}
     for seed in range(DRAWS):
         case = on_gpu(drawn({**ROWS, **ABLATIONS}[row], *HEADS[heads], seed), dtype)
-        for name, error in _checked(case, dtype, f"draw {seed}").items():
-            worst[name] = max(worst.get(name, 0.0), error)
+        errors, over[seed] = _compared(case, dtype)
+        worst |= {name: max(worst.get(name, 0.0), error) for name, error in errors.items()}
+    assert not any(over.values()), {seed: names for seed, names in over.items() if names}
     record_property("errors", worst)
 
 
@@ -91,37 +93,48 @@ def test_every_row_of_flags_is_the_recurrence_forward_and_backward(
 def test_it_stays_so_over_long_sequences(row: str, T: int, record_property: Any) -> None:
     words = {"T": T, "B": 1} if T > 5000 else {"lengths": [T - 1000, 0, 1000]}
     case = on_gpu(make_problem(**ROWS[row], K=64, V=64, **words), torch.bfloat16)
-    record_property("errors", _checked(case, torch.bfloat16, f"T = {T}"))
+    errors, over = _compared(case, torch.bfloat16)
+    assert not over
+    record_property("errors", errors)
 
 
-def _checked(case: Problem, dtype: torch.dtype, what: str) -> dict[str, float]:
-    """Errors by name, all within their limits."""
+def _compared(case: Problem, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, str]]:
+    """Errors by name, and those over their limits."""
     found = _results(case, "triton", dtype)
-    truth = _results(case.to(torch.float64), "torch", dtype)
+    exact = case.to(torch.float64)
+    truth = _results(exact, "torch", dtype)
     errors = {name: _error(name, found[name], truth) for name in truth}
     limits = {name: TOLERANCES[dtype][name.startswith("d_")] for name in truth}
     if any(not errors[name] < limits[name] for name in truth):
-        # Some gradients are ill-conditioned: five times what one rounding of the inputs does to them.
-        moved = _results(_rounded_anew(case.to(torch.float64), dtype), "torch", dtype)
-        limits = {name: max(limits[name], 5 * _error(name, moved[name], truth)) for name in truth}
+        # Some gradients are ill-conditioned: five times what one rounding of the inputs does to them, and twice what
+        # the PyTorch backend leaves in the same precision, is as good as it gets.
+        others = [(5, _results(_rounded_anew(exact, dtype, seed), "torch", dtype)) for seed in range(4)]
+        if dtype == torch.float32:
+            others.append((2, _results(case, "torch", dtype)))
+        for factor, other in others:
+            limits = {name: max(limit, factor * _error(name, other[name], truth)) for name, limit in limits.items()}
     over = {name: f"{error:.1e} of {limits[name]:.1e}" for name, error in errors.items() if not error < limits[name]}
-    assert not over, what
-    return errors
+    return errors, over
 
 
 def _error(name: str, x: torch.Tensor, truth: dict[str, torch.Tensor]) -> float:
     return relative_error(x, truth[name], truth["d_v"] if name.startswith("d_") else None)
 
 
-def _rounded_anew(case: Problem, dtype: torch.dtype) -> Problem:
-    """The problem with each input anywhere within half a unit in the last place of `dtype`."""
-    seed = torch.Generator().manual_seed(2)
+def _rounded_anew(case: Problem, dtype: torch.dtype, seed: int) -> Problem:
+    """The problem with each number of its inputs and state anywhere within half a unit in the last place of `dtype`."""
+    draws = torch.Generator().manual_seed(seed)
     half = torch.finfo(dtype).eps / 2
-    noise = {
-        n: 1 + half * (2 * torch.rand(x.shape, generator=seed, dtype=x.dtype) - 1) for n, x in case.tensors.items()
-    }
-    moved = {n: x if n in ("down", "up") else x * noise[n].to(x.device) for n, x in case.tensors.items()}
-    return Problem(moved, case.state, case.chunk, case.options)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            return x
+        noise = 2 * torch.rand(x.shape, generator=draws, dtype=x.dtype) - 1
+        return x * (1 + half * noise.to(x.device))
+
+    assert case.state is not None
+    moved = {n: x if n in ("down", "up") else rounded(x) for n, x in case.tensors.items()}
+    return Problem(moved, DeltaState(*map(rounded, case.state)), case.chunk, case.options)
 
 
 def _results(case: Problem, backend: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
