@@ -31,7 +31,7 @@ def _forward(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor
     return tiling.join(o.unflatten(0, (-1, call.v.shape[2])), call.v.dtype), S, o_sum, o_mean
 
 
-def _backward(call: Call, room: list[Tensor], d_results: list[Tensor | None]) -> list[Tensor | None]:
+def _backward(call: Call, room: list[Tensor], o: Tensor | None, d_results: list[Tensor | None]) -> list[Tensor | None]:
     tiling, x, content = _prepare(call)
     d_o, *d_ends = d_results
     d_out = torch.zeros_like(x.v) if d_o is None else tiling.cut(d_o, x.v.dtype).flatten(0, 1)

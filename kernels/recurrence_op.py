@@ -53,9 +53,9 @@ N_RESULTS = 5
 Room = Callable[[Call, bool], list[Tensor]]
 # From a call and its room (which it fills if `save`) to contiguous o, S, o_sum and o_mean.
 Forward = Callable[[Call, list[Tensor], bool], tuple[Tensor, Tensor, Tensor, Tensor]]
-# From a call, its room and the gradients of o, S, o_sum and o_mean (None: zero) to those of the first twelve fields,
-# contiguous, None for a gate that is off.
-Backward = Callable[[Call, list[Tensor], list[Tensor | None]], list[Tensor | None]]
+# From a call, its room, o (None without `qk_norm`) and the gradients of o, S, o_sum and o_mean (None: zero) to those of
+# the first twelve fields, contiguous, None for a gate that is off.
+Backward = Callable[[Call, list[Tensor], Tensor | None, list[Tensor | None]], list[Tensor | None]]
 
 
 class DeltaRule(Protocol):
@@ -144,15 +144,15 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
 
     @without_autocast
     def backward_operator(*arguments: Any) -> list[Tensor]:
-        *fields, kept, d_o, d_S, d_sum, d_mean = arguments
-        gradients = backward(Call(*fields), kept, [d_o, d_S, d_sum, d_mean])
+        *fields, kept, o, d_o, d_S, d_sum, d_mean = arguments
+        gradients = backward(Call(*fields), kept, o, [d_o, d_S, d_sum, d_mean])
         return [fields[0].new_empty(0) if d is None else d for d in gradients]
 
     def fake_backward_operator(*arguments: Any) -> list[Tensor]:
         q = arguments[0]
         return [q.new_empty(0) if x is None else dense_like(x) for x in arguments[:N_FLOATS]]
 
-    kept = "Tensor[] kept, Tensor? d_o, Tensor? d_S, Tensor? d_sum, Tensor? d_mean"
+    kept = "Tensor[] kept, Tensor? o, Tensor? d_o, Tensor? d_S, Tensor? d_sum, Tensor? d_mean"
     run = define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
     run_back = define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
 
@@ -173,8 +173,9 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
             with torch._C._AutoDispatchBelowAutograd():
                 output: tuple[Tensor, ...] = run(*arguments)
-            ctx.save_for_backward(*arguments[:N_TENSORS], *output[N_RESULTS:])
             ctx.options = arguments[N_TENSORS:-1]
+            qk_norm = ctx.options[3]  # whose gradient is read off the outputs
+            ctx.save_for_backward(*arguments[:N_TENSORS], output[0] if qk_norm else None, *output[N_RESULTS:])
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[N_RESULTS - 1 :])
             return output
@@ -182,13 +183,13 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
         @staticmethod
         def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
-            inputs, kept = saved[:N_TENSORS], list(saved[N_TENSORS:])
+            inputs, o, kept = saved[:N_TENSORS], saved[N_TENSORS], list(saved[N_TENSORS + 1 :])
             if inputs[0].numel() and not kept[0].numel():
                 raise RuntimeError(
                     "gated_delta_rule kept nothing to go back on: its gradient was taken through a transform, such as "
                     "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
                 )
-            call = (*inputs, *ctx.options, kept, *d_outputs[: N_RESULTS - 1])
+            call = (*inputs, *ctx.options, kept, o, *d_outputs[: N_RESULTS - 1])
             gradients = First.apply(*call) if torch.is_grad_enabled() else run_back(*call)
             # count, cu_seqlens and the options have none.
             spare = [None] * (len(Call._fields) + 1 - N_FLOATS)

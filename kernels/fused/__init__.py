@@ -1,6 +1,6 @@
-"""The Triton backend of `gated_delta_rule`, in two ways: staged (prepare, scan, scan_back, value_gradients,
-key_gradients) and in a single pass (forward, backward); and one token at a time (step, which step_op launches).
+"""The Triton backend of `gated_delta_rule`: prepare, scan, scan_back and gradients, window after window of blocks of
+tokens; and one token at a time (step, which step_op launches).
 
-staged.py and single_pass.py launch them, with the choices of way, config and room; support says which calls are taken,
-op is the operator. The kernels and those two import triton, and op.py imports them when it first runs.
+forward and backward launch them, with the choices of config and the memory of room and scratch; support says which
+calls are taken, op is the operator. The kernels and those two import triton, and op imports them when it first runs.
 """

@@ -1,4 +1,4 @@
-"""The backward pass: windows from the last to the first; in each `scan_back`, then the gradients of values and of keys.
+"""The backward pass: windows from the last to the first; in each `scan_back`, then all other gradients.
 
 What `prepare` made is made again, for a piece of the sequence at a time: scratch memory is that of a piece. Without a
 content gate a piece is one window, and there are up to four. With one, a window is a content chunk: the gradient of
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from hybridzoo.kernels.fused.config import Cuts, cuts_of, options, power
-from hybridzoo.kernels.fused.key_gradients import key_gradients_kernel
+from hybridzoo.kernels.fused.gradients import gradients_kernel
 from hybridzoo.kernels.fused.launch import Launch, cuts, flags, kind, on_device, rank, sizes
 from hybridzoo.kernels.fused.room import n_chunks
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
@@ -31,7 +31,6 @@ from hybridzoo.kernels.fused.scratch import (
     window,
     window_blocks,
 )
-from hybridzoo.kernels.fused.value_gradients import value_gradients_kernel
 from hybridzoo.kernels.recurrence_op import Call
 
 MOST_PIECES = 4
@@ -59,13 +58,12 @@ class Content(NamedTuple):
     d_sum: Tensor
 
 
-def run(call: Call, room: list[Tensor], d_results: list[Tensor]) -> list[Tensor | None]:
+def run(call: Call, room: list[Tensor], o: Tensor | None, d_results: list[Tensor]) -> list[Tensor | None]:
     """Run the backward pass on a contiguous `call`: its first twelve fields' gradients, None where one is off."""
-    (ahead, back, values, keys), buffers, content = launches(call, room, d_results)
+    (ahead, back, *rest), buffers, content = launches(call, room, o, d_results)
     span, windows, in_piece = plan(call, cuts_of(call, True).block)
     with on_device(call.q.device):
-        prepare_piece, scan_window = ahead.starter(), back.starter()
-        value_window, key_window = values.starter(), keys.starter()
+        prepare_piece, scan_window, gradients = ahead.starter(), back.starter(), [step.starter() for step in rest]
         goes_on: dict[str, Tensor] = {}
         for at in reversed(range(windows)):
             origin = at // in_piece * in_piece * span
@@ -74,15 +72,16 @@ def run(call: Call, room: list[Tensor], d_results: list[Tensor]) -> list[Tensor 
                 prepare_piece(**window(origin, in_piece * span))
             scan_window(**place, **goes_on)
             goes_on = {"dS1": buffers["dS0"]}  # where the window after ended
-            value_window(**place)
-            key_window(**place)
+            for step in gradients:
+                step(**place)
     d_down, d_up, d_sum, d_mean = None, None, *(d.clone() for d in d_results[2:])
     if content is not None:
         d_down, d_up, d_sum, d_mean = _content_gradients(call, room[3], content, d_mean, back.arguments["rows"])
     return [
         _joined(buffers["dq"], call.q),
         _joined(buffers["dk"], call.k),
-        *(buffers["dv"], buffers["dg"], buffers["dz"], d_down, d_up, buffers["de"], buffers["dw"], buffers["dS0"]),
+        *(buffers["dv"], _added(buffers["dg"], call.log_decay), buffers["dz"], d_down, d_up),
+        *(_added(buffers["de"], call.correct), buffers["dw"], buffers["dS0"]),
         *(d_sum, d_mean),
     ]
 
@@ -103,9 +102,9 @@ def plan(call: Call, C: int) -> Plan:
 
 
 def launches(
-    call: Call, room: list[Tensor], d_results: list[Tensor]
-) -> tuple[tuple[Launch, Launch, Launch, Launch], dict[str, Any], Content | None]:
-    """The four kernels, as the last window starts them; the gradients that they write; what a content gate needs."""
+    call: Call, room: list[Tensor], o: Tensor | None, d_results: list[Tensor]
+) -> tuple[list[Launch], dict[str, Any], Content | None]:
+    """The kernels, as the last window starts them; the gradients that they write; what a content gate needs."""
     cut = cuts_of(call, True)
     span, _, in_piece = plan(call, cut.block)
     where = places(call, cut.block)
@@ -113,8 +112,12 @@ def launches(
     X = room[2] if call.correct is not None else None
     per_value_head = (*call.q.shape[:2], call.v.shape[2], call.q.shape[3])
     joined = torch.float32 if call.q.shape[2] != call.v.shape[2] else None  # summed over the value heads of a key head
+    parts = power(call.q.shape[3]) // (cut.pairs_k if cut.apart else cut.states_k)
 
-    def like(x: Tensor | None) -> Tensor | None:
+    def like(x: Tensor | None, *, over_channels: bool = False) -> Tensor | None:
+        """Memory for the gradient of a gate; with `over_channels` one number a token is a sum, left in parts."""
+        if x is not None and over_channels and x.ndim == 3:
+            return x.new_empty(*x.shape, parts, dtype=torch.float32 if parts > 1 else x.dtype)
         return None if x is None else torch.empty_like(x)
 
     p = _Pass(
@@ -122,6 +125,7 @@ def launches(
         cut,
         where,
         room,
+        o,
         d_results,
         made=(made := new_blocks(call, cut, blocks, None)),
         content=_new_content(call, room[3], window_blocks(call, cut.block, span)) if call.chunk else None,
@@ -129,22 +133,26 @@ def launches(
             "dq": call.q.new_empty(per_value_head, dtype=joined),
             "dk": call.q.new_empty(per_value_head, dtype=joined),
             "dv": torch.empty_like(call.v),
-            "dg": like(call.log_decay),
+            "dg": like(call.log_decay, over_channels=True),
             "dz": like(call.erase_logits),
-            "de": like(call.correct),
+            "de": like(call.correct, over_channels=True),
             "dw": like(call.write),
             "dS0": torch.empty_like(call.S),
         },
         between={
             "dstates": room[0].new_empty(blocks, *room[0].shape[1:]),
             "dnews": room[1].new_empty(blocks, *room[1].shape[1:]),
-            "dP": torch.empty_like(made.P),
-            "dA": None if X is None else torch.empty_like(made.P),
+        },
+        steps={
+            "dP": torch.empty_like(made.P) if cut.apart else None,
+            "dA": torch.empty_like(made.P) if cut.apart and X is not None else None,
+            "along": call.S.new_empty(blocks, call.v.shape[2], 2, cut.block) if cut.apart and call.qk_norm else None,
         },
     )
     ahead = prepare(call, cut, where, made, X, room[3], in_piece * span, keep=True, again=True)
-    grid = (window_blocks(call, cut.block, span), call.v.shape[2])
-    return (ahead, p.scan_back(), p.value_gradients(grid), p.key_gradients(grid)), p.gradients, p.content
+    rest = [(True, False), (False, True)] if cut.apart else [(True, True)]
+    every = [ahead, p.scan_back(), *(p.step(window_blocks(call, cut.block, span), *which) for which in rest)]
+    return every, p.gradients, p.content
 
 
 class _Pass(NamedTuple):
@@ -154,11 +162,13 @@ class _Pass(NamedTuple):
     cut: Cuts
     where: Places
     room: list[Tensor]
+    o: Tensor | None
     d_results: list[Tensor]
     made: Blocks
     content: Content | None
     gradients: dict[str, Any]
-    between: dict[str, Tensor | None]
+    between: dict[str, Tensor]
+    steps: dict[str, Tensor | None]
 
     def scan_back(self) -> Launch:
         call, cut, made = self.call, self.cut, self.made
@@ -174,8 +184,7 @@ class _Pass(NamedTuple):
             "dsum1": d_sum,
             "dmean1": d_mean,
             "dS0": self.gradients["dS0"],
-            "dstates": self.between["dstates"],
-            "dnews": self.between["dnews"],
+            **self.between,
             **window(0, 0),
             **sizes(call, "T", "HV", "K", "V"),
         }
@@ -192,61 +201,50 @@ class _Pass(NamedTuple):
         grid = (call.S.shape[0] * call.v.shape[2], triton.cdiv(call.v.shape[3], cut.scan_v))
         return Launch(scan_back_kernel, grid, arguments, constants, options(cut.scan_warps, cut.scan_stages))
 
-    def value_gradients(self, grid: tuple[int, int]) -> Launch:
+    def step(self, blocks: int, of_states: bool, of_pairs: bool) -> Launch:
+        """One step of the gradients, or both."""
         call, cut = self.call, self.cut
-        states, news, inverses, _ = self.room
-        arguments = {
-            "v": call.v,
-            "w": call.write,
-            **self.where.of_blocks(),
-            "states": states,
-            "news": news,
-            "X": inverses if call.correct is not None else None,
-            **self.between,
-            "do": self.d_results[0],
-            "dv": self.gradients["dv"],
-            "dw": self.gradients["dw"],
-            **self._content("d_sum"),
-            **self._of_states(),
-            "total": self.made.total,
-            **window(0, 0),
-            **sizes(call, "T", "HV", "K", "V"),
-        }
-        constants = {
-            **cuts(call),
-            "C": cut.block,
-            "BK": power(call.q.shape[3]),
-            "BV": power(call.v.shape[3]),
-            "D": cut.value_k,
-            "DV": cut.value_v,
-            "DECAYS": self.made.total is not None,
-            "CORRECT": kind(call.correct),
-            "WRITE": kind(call.write),
-        }
-        return Launch(value_gradients_kernel, grid, arguments, constants, options(cut.value_warps))
-
-    def key_gradients(self, grid: tuple[int, int]) -> Launch:
-        call, cut = self.call, self.cut
+        mine, D, warps = cut.states_k, cut.states_k, cut.states_warps
+        if not of_states:
+            mine, D, warps = cut.pairs_mine, cut.pairs_k, cut.pairs_warps
+        states, news, inverses, readouts = self.room
         arguments = {
             **key_inputs(call),
+            "v": call.v,
+            "w": call.write,
             **self.where._asdict(),
-            "readouts": self.room[3] if call.chunk else None,
-            "dP": self.between["dP"],
-            "dA": self.between["dA"],
-            **self._of_states(),
+            "readouts": readouts if call.chunk else None,
+            "states": states,
+            "news": news,
+            **self.between,
+            "X": inverses if call.correct is not None else None,
+            "o": self.o,
+            "do": self.d_results[0],
+            "d_qE": self.made.qE,
+            "d_kZ": self.made.kZ,
+            "d_eE": self.made.W,
             "d_total": self.made.total,
-            **{name: self.gradients[name] for name in ("dq", "dk", "dg", "dz", "de")},
-            **self._content("du_blocks"),
+            **self.steps,
+            **{name: d for name, d in self.gradients.items() if name != "dS0"},
+            **self._content("d_sum", "du_blocks"),
             "scale": float(call.scale),
             **window(0, 0),
             **sizes(call, "T", "H", "HV", "K", "V"),
         }
-        constants = {**flags(call), "C": cut.block, "BK": power(call.q.shape[3]), "D": cut.key_k}
-        return Launch(key_gradients_kernel, grid, arguments, constants, options(cut.key_warps))
-
-    def _of_states(self) -> dict[str, Tensor | None]:
-        """The gradients that states give, which take the places of what was prepared."""
-        return {"d_qE": self.made.qE, "d_kZ": self.made.kZ, "d_eE": self.made.W}
+        constants = {
+            **flags(call),
+            "C": cut.block,
+            "BK": power(call.q.shape[3]),
+            "BV": power(call.v.shape[3]),
+            "MINE": mine,
+            "D": D,
+            "DV": cut.states_v,
+            "STATES": of_states,
+            "PAIRS": of_pairs,
+            "WRITE": kind(call.write),
+        }
+        grid = (blocks * (power(call.q.shape[3]) // mine), call.v.shape[2])
+        return Launch(gradients_kernel, grid, arguments, constants, options(warps))
 
     def _content(self, *names: str) -> dict[str, Tensor | None]:
         return {name: None if self.content is None else getattr(self.content, name) for name in names}
@@ -256,6 +254,13 @@ def _joined(d: Tensor, like: Tensor) -> Tensor:
     """Sum a gradient `[B, T, HV, K]` over the value heads that share a key head."""
     H = like.shape[2]
     return d if d.shape[2] == H else d.unflatten(2, (H, -1)).sum(3).to(like.dtype)
+
+
+def _added(d: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """Add the parts of a gradient that is a sum over key channels."""
+    if d is None or like is None or d.shape == like.shape:
+        return d
+    return d.squeeze(3) if d.shape[3] == 1 else d.sum(3).to(like.dtype)
 
 
 def _new_content(call: Call, readouts: Tensor, blocks: int) -> Content:

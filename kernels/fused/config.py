@@ -45,11 +45,13 @@ class Cuts(NamedTuple):
     scan_v: int  # value channels of a program of the two scans
     scan_warps: int
     scan_stages: int
-    value_k: int
-    value_v: int
-    value_warps: int
-    key_k: int
-    key_warps: int
+    apart: bool  # a launch for each of the two steps of the gradients
+    states_k: int  # key channels of a program of the first step, or of both
+    states_v: int
+    states_warps: int
+    pairs_k: int  # key channels at a time in the second step
+    pairs_mine: int  # and of a program
+    pairs_warps: int
 
 
 def block_of(call: Call, save: bool) -> int:
@@ -64,12 +66,18 @@ def cuts_of(call: Call, save: bool) -> Cuts:
     """The kernels' cut for a call, whose states are kept if `save`."""
     heads = call.S.shape[0] * call.v.shape[2]
     narrow = call.q.dtype == torch.bfloat16
-    return _cuts(call.q.shape[3], call.v.shape[3], heads, block_of(call, save), narrow, call.chunk > 0)
+    return _cuts(
+        call.q.shape[3], call.v.shape[3], heads, block_of(call, save), narrow, call.chunk > 0, _decays_channels(call)
+    )
+
+
+def _decays_channels(call: Call) -> bool:
+    return call.erase_logits is not None or (call.log_decay is not None and call.log_decay.ndim == 4)
 
 
 @functools.cache
-def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool) -> Cuts:
-    """The cut for so many heads, `narrow` where products are of bf16.
+def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, channels: bool) -> Cuts:
+    """The cut for so many heads, `narrow` where products are of bf16, `channels` where each has a decay of its own.
 
     Value channels are cut until the scans have a program for each of some 128 multiprocessors: three cuts, which a new
     batch may compile.
@@ -86,9 +94,11 @@ def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool) -
         scan_v=scan_v,
         scan_warps=4 if narrow or K <= 128 else 8,
         scan_stages=(2 if block == 32 else 3) if narrow else 1,
-        value_k=min(K, 64 if narrow else 32),
-        value_v=min(V, (128 if block == 32 and K <= 128 else 64) if narrow else 32),
-        value_warps=2 if narrow and content else 4,
-        key_k=min(K, 16 if block == 32 else 32),
-        key_warps=2,
+        apart=channels,
+        states_k=min(K, 64 if narrow else 32),
+        states_v=min(V, (128 if block == 32 else 64) if narrow else 32),
+        states_warps=4 if block == 32 else 2,
+        pairs_k=min(K, 16 if block == 32 else 32),
+        pairs_mine=min(K, 32) if content else K,  # few blocks in a window: more programs
+        pairs_warps=2,
     )

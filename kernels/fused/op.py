@@ -16,13 +16,13 @@ def _forward(call: Call, kept: list[Tensor], save: bool) -> tuple[Tensor, Tensor
     return forward.run(launch.contiguous(call), kept, save)
 
 
-def _backward(call: Call, kept: list[Tensor], d_results: list[Tensor | None]) -> list[Tensor | None]:
+def _backward(call: Call, kept: list[Tensor], o: Tensor | None, d_results: list[Tensor | None]) -> list[Tensor | None]:
     from hybridzoo.kernels.fused import backward, launch
 
     dense = launch.contiguous(call)
     ends = (dense.v, dense.S, dense.o_sum, dense.o_mean)
     given = [torch.zeros_like(x) if d is None else d.contiguous() for d, x in zip(d_results, ends, strict=True)]
-    gradients = backward.run(dense, kept, given)
+    gradients = backward.run(dense, kept, o, given)
     pairs = zip(gradients, call[:N_FLOATS], strict=True)
     return [d.to(x.dtype) if d is not None and isinstance(x, Tensor) else None for d, x in pairs]
 

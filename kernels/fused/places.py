@@ -51,15 +51,14 @@ def scratch_slot(n, at, base, origin, span, CONTENT: tl.constexpr, VARLEN: tl.co
 
 
 @triton.jit
-def block(owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
+def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
           VARLEN: tl.constexpr):  # fmt: skip
-    """This program's block of a window: its sequence, number, positions `[C]` and which are tokens; slots; any token?
+    """Block number `program` of a window: its sequence, number, positions `[C]` and which are tokens; slots; any token?
 
     Returns `n, at, leads, pos, ok, kept, slot, live`: whether it is the window's first block with a token, `pos` in the
     row of all tokens, `kept` and `slot` the block's place in what is kept for the backward pass and in scratch
     memory. Without a token (`live` false) `kept` has no meaning.
     """
-    program = tl.program_id(0)
     if VARLEN and CONTENT == 0:
         n = tl.load(owners + program)
         start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)

@@ -46,7 +46,7 @@ def prepare_kernel(
     hv = tl.program_id(1)
     h = hv // (HV // H)
     n, at, leads, pos, ok, kept, slot, live = block(
-        owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN
+        tl.program_id(0), owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN
     )
     if not live:
         return

@@ -40,10 +40,6 @@ class Places(NamedTuple):
         """What a kernel with a program for each sequence takes."""
         return {"cu": self.cu, "count0": self.count0, "rows": self.rows}
 
-    def of_blocks(self) -> dict[str, Tensor | None]:
-        """What a kernel with a program for each block takes."""
-        return {"owners": self.owners, "cu": self.cu, "count0": self.count0}
-
 
 def places(call: Call, C: int) -> Places:
     """Where the blocks of a call are."""

@@ -85,7 +85,7 @@ def planned(
     )
     kept = room(call, True)
     results = [call.v, call.S, call.o_sum, call.o_mean]
-    return [*forward.launches(call, kept, True, *results), *backward.launches(call, kept, results)[0]]
+    return [*forward.launches(call, kept, True, *results), *backward.launches(call, kept, call.v, results)[0]]
 
 
 def usage(planned: Launch, capability: int) -> Usage:
