@@ -34,8 +34,10 @@ ROWS: dict[str, tuple[str, str, str, str, str, int]] = {
     "gla": ("channel", "none", "none", "none", "decayed", 0),
     "delta_net": ("none", "none", "scalar", "scalar", "decayed", 0),
     "gated_delta_net": ("scalar", "none", "scalar", "scalar", "decayed", 0),
+    "mamba2": ("scalar", "none", "none", "scalar", "decayed", 0),
     "carve[erase=token]": ("channel", "channel", "scalar", "scalar", "stored", 0),
     "carve": ("channel", "channel", "scalar", "scalar", "stored", 64),
+    "carve[content_chunk=128]": ("channel", "channel", "scalar", "scalar", "stored", 128),
 }
 RANK = 16
 
@@ -150,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     with_fla = importlib.util.find_spec("fla") is not None
     jobs = [(row, names) for row in options.rows for names in (["large", "long"], ["small"])]
-    jobs = [(row, [name for name in names if row != "carve" or name != "long"]) for row, names in jobs]
+    jobs = [(row, [name for name in names if not ROWS[row][-1] or name != "long"]) for row, names in jobs]
     found = measured_in_turn([(*job, with_fla, options.rounds) for job in jobs], prepare, measure)
     whole = {
         "environment": environment("triton"),

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 def refuse_forward_mode(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Raise `NotImplementedError` where a tensor carries a tangent, which an operator would drop without a word."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no tangent is about
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"{name} has derivatives in reverse mode only, none in forward mode")

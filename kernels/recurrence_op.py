@@ -11,7 +11,7 @@ N sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Call(NamedTuple):
     chunk: int  # L, 0 without a content gate
     qk_norm: bool  # q and k are still to be made of length one
     segments: int  # pieces of the backward pass, 0 to leave it to the backend
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All fields that are tensors, or None for one that is off."""
+        return cast("tuple[Tensor | None, ...]", self[:N_TENSORS])
 
 
 # The op's arguments that can have a gradient, and all that are tensors: the first fields of a Call.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybridzoo.kernels.recurrence_op import Call
+from hybridzoo.kernels.fused.form import Form
 
 # KiB of shared memory that a program of any kernel may take: every GPU of compute capability 8.0 and later has 99.
 MOST_SHARED = 96
@@ -54,25 +54,18 @@ class Cuts(NamedTuple):
     pairs_warps: int
 
 
-def block_of(call: Call, save: bool) -> int:
+def block_of(form: Form, save: bool) -> int:
     """Tokens of a block: 32 beside bf16 products where states are kept, which halves what is kept, and for few heads,
     whose scan is what takes long. Otherwise 16: faster to prepare, and in float32 the sums of decays stay short. With a
     content gate too, where a chunk's blocks are all that can be worked on at a time."""
-    narrow = call.q.dtype == torch.bfloat16 and not call.chunk
-    return 32 if narrow and (save or call.S.shape[0] * call.v.shape[2] < 64) else 16
+    narrow = form.dtype == torch.bfloat16 and not form.chunk
+    return 32 if narrow and (save or form.N * form.HV < 64) else 16
 
 
-def cuts_of(call: Call, save: bool) -> Cuts:
-    """The kernels' cut for a call, whose states are kept if `save`."""
-    heads = call.S.shape[0] * call.v.shape[2]
-    narrow = call.q.dtype == torch.bfloat16
-    return _cuts(
-        call.q.shape[3], call.v.shape[3], heads, block_of(call, save), narrow, call.chunk > 0, _decays_channels(call)
-    )
-
-
-def _decays_channels(call: Call) -> bool:
-    return call.erase_logits is not None or (call.log_decay is not None and call.log_decay.ndim == 4)
+def cuts_of(form: Form, save: bool) -> Cuts:
+    """The kernels' cut for a form of call, whose states are kept if `save`."""
+    narrow, channels = form.dtype == torch.bfloat16, form.decay == 2 or form.erase
+    return _cuts(form.K, form.V, form.N * form.HV, block_of(form, save), narrow, form.chunk > 0, channels)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ Shapes: B batch, T time, C channels, W taps, N sequences (B, or those packed int
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_bounds
 from hybridzoo.kernels.derivatives import refuse_forward_mode
 from hybridzoo.kernels.fused.config import options
+from hybridzoo.kernels.fused.form import dtypes_of
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.support import DTYPES, device_refusal
 from hybridzoo.kernels.recurrence_op import dense_like
@@ -56,73 +58,93 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None)
     return device_refusal(x.device.type, x.device.index)
 
 
-def forward_launch(call: ConvCall, y: Tensor, new_tail: Tensor) -> Launch:
-    """The kernel that fills contiguous `y [B, T, C]` and `new_tail [N, C, W-1]`."""
-    from hybridzoo.kernels.fused.conv import conv_kernel
+class Form(NamedTuple):
+    """What a call's launches follow from: calls of one form share them."""
 
-    return _launch(conv_kernel, call, {"y": y, "new_tail": new_tail}, BLOCK, AT_ONCE)
+    B: int
+    T: int
+    C: int
+    W: int
+    N: int
+    x_row: int  # the stride of tokens
+    silu: bool
+    packed: bool
+    d_new: bool  # backward: whether the new tail has a gradient, and the old one needs one
+    d_tail: bool
+    dtypes: tuple[torch.dtype | None, ...]
 
+    def blocks(self, block: int) -> int:
+        """How many blocks of tokens there may be; conv.py says where the blocks of a packing begin."""
+        return self.T // block + self.N if self.packed else self.B * self.per_row(block)
 
-def backward_launch(
-    call: ConvCall, dy: Tensor, d_new: Tensor | None, dx: Tensor, d_tail: Tensor | None
-) -> tuple[Launch, Tensor]:
-    """The kernel that fills `dx` and `d_tail` given the gradients of y and of the new tail, and its other result.
-
-    That is float32 `[blocks, W or W+1, C]`: each block's part of the gradients of the taps and, if there is one, the
-    bias. All are contiguous.
-    """
-    from hybridzoo.kernels.fused.conv import conv_backward_kernel
-
-    rows = call.weight.shape[1] + (call.bias is not None)
-    parts = call.x.new_empty(_blocks(call, BLOCK_BACKWARD), rows, call.x.shape[2], dtype=torch.float32)
-    given = {"dy": dy, "d_new": d_new, "dx": dx, "d_tail": d_tail, "parts": parts}
-    few = call.weight.shape[1] <= 4
-    at_once = AT_ONCE_BACKWARD if few else AT_ONCE_BACKWARD_PAST_4_TAPS
-    launch = _launch(conv_backward_kernel, call, given, BLOCK_BACKWARD, at_once)
-    if few and d_new is None and d_tail is None:
-        launch.options["maxnreg"] = REGISTERS_BACKWARD
-    return launch, parts
+    def per_row(self, block: int) -> int:
+        """The blocks of a row."""
+        return max(1, -(-self.T // block))  # a row without tokens still has a tail to hand on
 
 
-def _blocks(call: ConvCall, block: int) -> int:
-    """How many blocks of tokens there may be; conv.py says where the blocks of a packing begin."""
-    B, T, _ = call.x.shape
-    return B * _per_row(T, block) if call.cu_seqlens is None else T // block + call.cu_seqlens.shape[0] - 1
-
-
-def _per_row(T: int, block: int) -> int:
-    return max(1, -(-T // block))  # a row without tokens still has a tail to hand on
-
-
-def _launch(kernel: Any, call: ConvCall, own: dict[str, Tensor | None], block: int, at_once: int) -> Launch:
+def form_of(call: ConvCall, d_new: bool = False, d_tail: bool = False) -> tuple[Form, dict[str, Tensor | None]]:
+    """A call's form, and its tensors as the kernels read and name them."""
     B, T, C = call.x.shape
     x = call.x.reshape(B * T, C)  # a view where tokens lie at one stride, so also of a slice of channels
     x = x if x.stride(1) == 1 else x.contiguous()
     N = B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    channels = min(CHANNELS, max(16, 1 << (C - 1).bit_length()))
-    arguments = {
+    found = {
         "x": x,
         "weight": call.weight.contiguous(),
         "bias": None if call.bias is None else call.bias.contiguous(),
         "tail": None if call.tail is None else call.tail.contiguous(),
         "cu": None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
-        "x_row": x.stride(0),
-        "T": T,
-        "C": C,
-        "N": N,
-        "per_row": _per_row(T, block),
-        "steps": N.bit_length(),  # of a search among N
+    }
+    dtypes = dtypes_of(found.values())
+    W, packed = call.weight.shape[1], call.cu_seqlens is not None
+    return Form(B, T, C, W, N, x.stride(0), call.silu, packed, d_new, d_tail, dtypes), found
+
+
+@functools.lru_cache(maxsize=512)
+def forward_launch(form: Form) -> Launch:
+    """The kernel that fills contiguous `y [B, T, C]` and `new_tail [N, C, W-1]`."""
+    from hybridzoo.kernels.fused.conv import conv_kernel
+
+    return _launch(conv_kernel, form, BLOCK, AT_ONCE)
+
+
+@functools.lru_cache(maxsize=512)
+def backward_launch(form: Form) -> Launch:
+    """The kernel that fills `dx`, `d_tail` and `parts`, given `dy` and `d_new`, the gradients of y and of the new tail.
+
+    `parts` is float32 `[blocks, W or W+1, C]`: each block's part of the gradients of the taps and, if there is one, the
+    bias. All are contiguous.
+    """
+    from hybridzoo.kernels.fused.conv import conv_backward_kernel
+
+    few = form.W <= 4
+    launch = _launch(
+        conv_backward_kernel, form, BLOCK_BACKWARD, AT_ONCE_BACKWARD if few else AT_ONCE_BACKWARD_PAST_4_TAPS
+    )
+    if few and not form.d_new and not form.d_tail:
+        launch.options["maxnreg"] = REGISTERS_BACKWARD
+    return launch
+
+
+def _launch(kernel: Any, form: Form, block: int, at_once: int) -> Launch:
+    channels = min(CHANNELS, max(16, 1 << (form.C - 1).bit_length()))
+    numbers = {
+        "x_row": form.x_row,
+        "T": form.T,
+        "C": form.C,
+        "N": form.N,
+        "per_row": form.per_row(block),
+        "steps": form.N.bit_length(),  # of a search among N
     }
     constants = {
-        "W": call.weight.shape[1],
-        "SILU": call.silu,
-        "VARLEN": call.cu_seqlens is not None,
+        "W": form.W,
+        "SILU": form.silu,
+        "VARLEN": form.packed,
         "BT": block,
         "BC": channels,
         "U": at_once,
     }
-    grid = (_blocks(call, block) * -(-C // channels), 1)
-    return Launch(kernel, grid, {**arguments, **own}, constants, options(WARPS))
+    return Launch(kernel, (form.blocks(block) * -(-form.C // channels), 1), numbers, constants, options(WARPS))
 
 
 def _new_tail(call: ConvCall) -> Tensor:
@@ -151,7 +173,8 @@ def _conv_op(
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens.tolist(), x.shape[1])
     y, new_tail = dense_like(x), _new_tail(call)
-    forward_launch(call, y, new_tail).start(x.device)
+    form, found = form_of(call)
+    forward_launch(form).start(x.device, {**found, "y": y, "new_tail": new_tail})
     return y, new_tail
 
 
@@ -179,9 +202,11 @@ def _conv_backward_op(
     dx, dweight, dbias, d_tail = _gradients(call, through_tail)
     dy = torch.zeros_like(dx) if dy is None else dy.contiguous()
     d_new = None if d_new is None else d_new.contiguous()
-    launch, parts = backward_launch(call, dy, d_new, dx, d_tail if through_tail else None)
-    launch.start(x.device)
+    form, found = form_of(call, d_new is not None, through_tail)
     W = weight.shape[1]
+    parts = x.new_empty(form.blocks(BLOCK_BACKWARD), W + (bias is not None), form.C, dtype=torch.float32)
+    given = {"dy": dy, "d_new": d_new, "dx": dx, "d_tail": d_tail if through_tail else None, "parts": parts}
+    backward_launch(form).start(x.device, {**found, **given})
     total = parts.sum(0)
     dweight.copy_(total[:W].t())
     if bias is not None:

@@ -9,88 +9,95 @@ Shapes: HV value heads, V value dim, C slots in a block, N sequences, L content 
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from hybridzoo.kernels.fused.config import cuts_of, options, power
-from hybridzoo.kernels.fused.launch import Launch, cuts, on_device, sizes
+from hybridzoo.kernels.fused.form import Form
+from hybridzoo.kernels.fused.launch import Launch, cuts, on_device, sizes, window
 from hybridzoo.kernels.fused.room import n_chunks, n_rows
 from hybridzoo.kernels.fused.scan import scan_kernel
-from hybridzoo.kernels.fused.scratch import new_blocks, places, prepare, window, window_blocks
+from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, window_blocks
 from hybridzoo.kernels.recurrence_op import Call
 
 
-def run(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Plan(NamedTuple):
+    """How the pass goes: tokens of a block, blocks of a sequence in a window, windows, and the two launches."""
+
+    C: int
+    span: int
+    windows: int
+    ahead: Launch
+    scan: Launch
+
+
+def run(call: Call, form: Form, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the recurrence on a contiguous `call`: o, S, o_sum and o_mean, and with `save` a full `room`."""
     o, S, o_sum, o_mean = (torch.empty_like(x) for x in (call.v, call.S, call.o_sum, call.o_mean))
-    ahead, scan = launches(call, room, save, o, S, o_sum, o_mean)
-    span, windows = windows_of(call, cuts_of(call, save).block)
     with on_device(call.q.device):
-        prepare_window, scan_window = ahead.starter(), scan.starter()
+        the = plan(form, save)
+        found = tensors(call, form, the, room, save)
+        found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean}
+        prepare_window, scan_window = the.ahead.starter(found), the.scan.starter(found)
         goes_on: dict[str, Tensor] = {}
-        for at in range(windows):
-            prepare_window(**window(at * span, span))
-            scan_window(**window(at * span, span), **goes_on)
-            goes_on = {"S0": S, "sum0": o_sum, "mean0": o_mean}  # where the window before ended
+        for at in range(the.windows):
+            place = window(at * the.span, the.span)
+            prepare_window(**place)
+            scan_window(**place, **goes_on)
+            goes_on = {"S0": S, "sum0": o_sum, "mean0": o_mean} if at == 0 else {}  # where the window before ended
     return o, S, o_sum, o_mean
 
 
-def windows_of(call: Call, C: int) -> tuple[int, int]:
-    """How many blocks of a sequence a window of the forward pass has, and how many windows there are."""
-    if call.chunk:
-        return call.chunk // C, n_chunks(call)
-    return -(-call.q.shape[1] // C), 1
+@functools.lru_cache(maxsize=512)
+def plan(form: Form, save: bool) -> Plan:
+    """The plan of every call of a form."""
+    cut = cuts_of(form, save)
+    span, windows = -(-form.T // cut.block), 1
+    if form.chunk:
+        span, windows = form.chunk // cut.block, n_chunks(form)
+    ahead = prepare(form, cut, span, keep=save, again=False)
+    constants = {
+        **cuts(form),
+        "C": cut.block,
+        "BK": power(form.K),
+        "BV": cut.scan_v,
+        "DECAYS": form.decays,
+        "CORRECT": form.correct > 0,
+        "SAVE": save,
+        "STAGES": cut.scan_stages,
+    }
+    numbers = {**window(0, span), **sizes(form, "T", "HV", "K", "V")}
+    grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
+    scan = Launch(scan_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages))
+    return Plan(cut.block, span, windows, ahead, scan)
 
 
-def launches(
-    call: Call, room: list[Tensor], save: bool, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor
-) -> tuple[Launch, Launch]:
-    """The two kernels, as the first window starts them."""
+def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], save: bool) -> Tensors:
+    """What the kernels read, scratch memory, and what they keep."""
     states, news, inverses, readouts = room
-    HV, V, corrected = call.v.shape[2], call.v.shape[3], call.correct is not None
-    cut = cuts_of(call, save)
-    span, _ = windows_of(call, cut.block)
-    where = places(call, cut.block)
-    blocks = window_blocks(call, cut.block, span)
+    C = the.C
+    found = inputs(call, form, C)
+    blocks = window_blocks(form, C, the.span)
     if not save:
-        inverses = states.new_empty(blocks if corrected else 0, HV, cut.block, cut.block)
-        readouts = call.q.new_empty(n_rows(call), HV, V + call.q.shape[3], dtype=torch.float32)
-    if where.rows is not None:
-        readouts[where.rows, :, :V] = call.o_mean
-    # Where nothing is corrected U is N, which the backward pass reads.
-    U = news if save and not corrected else states.new_empty(blocks, HV, cut.block, V)
-    made = new_blocks(call, cut, blocks, U)
-    ahead = prepare(call, cut, where, made, inverses if corrected else None, readouts, span, keep=save, again=False)
-    scan = Launch(
-        scan_kernel,
-        (call.S.shape[0] * HV, triton.cdiv(V, cut.scan_v)),
-        {
-            **made._asdict(),
-            **where.of_sequences(),
-            "S0": call.S,
-            "sum0": call.o_sum,
-            "mean0": call.o_mean,
-            "o": o,
-            "S1": S,
-            "sum1": o_sum,
-            "mean1": o_mean,
-            "states": states,
-            "news": news if corrected else None,
-            "readouts": readouts if call.chunk else None,
-            **window(0, span),
-            **sizes(call, "T", "HV", "K", "V"),
-        },
-        {
-            **cuts(call),
-            "C": cut.block,
-            "BK": power(call.q.shape[3]),
-            "BV": cut.scan_v,
-            "DECAYS": made.total is not None,
-            "CORRECT": corrected,
-            "SAVE": save,
-            "STAGES": cut.scan_stages,
-        },
-        options(cut.scan_warps, cut.scan_stages),
-    )
-    return ahead, scan
+        inverses = states.new_empty(blocks if form.correct else 0, form.HV, C, C)
+        if form.chunk:
+            readouts = call.q.new_empty(n_rows(form), form.HV, form.V + form.K, dtype=torch.float32)
+    if found["rows"] is not None:
+        readouts[found["rows"], :, : form.V] = call.o_mean
+    return {
+        **found,
+        **new_blocks(call.q, form, C, blocks),
+        # Where nothing is corrected U is N, which the backward pass reads.
+        "U": news if save and not form.correct else states.new_empty(blocks, form.HV, C, form.V),
+        "X": inverses if form.correct else None,
+        "S0": call.S,
+        "sum0": call.o_sum,
+        "mean0": call.o_mean,
+        "states": states,
+        "news": news if form.correct else None,
+        "readouts": readouts if form.chunk else None,
+    }

@@ -1,22 +1,18 @@
-"""What the two passes over a sequence start with: a launch, its constants, and a call as the kernels read it.
+"""How a kernel is started: all that it takes but tensors, made once for calls of one form, and its compiled self.
 
-Nothing here, nor in forward.py and backward.py, waits for the device.
-
-Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.checks import check_bounds, check_counts
-from hybridzoo.kernels.fused.config import power
-from hybridzoo.kernels.recurrence_op import Call
+from hybridzoo.kernels.fused.form import Form
 
 # The least log-decay of a token and key channel; below it the gradient is zero. exp(-20) is 2e-9.
 FLOOR = -20.0
@@ -28,63 +24,71 @@ MODES = {
 }
 
 
-# What a kernel is not specialised on: lengths and windows. Every kernel names them so.
-FREE = frozenset(("T", "first", "count", "origin", "span"))
-# Kernels that were compiled, by all that Triton would compile them anew for.
-_compiled: dict[tuple[Any, ...], Any] = {}
+class Launch:
+    """A kernel, the numbers and constants that it is started with, and the compiler's options.
 
+    Its other arguments are tensors, whose dtypes must be the same each time: what is made of one form of call is kept
+    for it, and a length or number of its own means a Launch of its own. Triton takes 50 microseconds to see that it has
+    compiled a kernel before, and a quarter of that to start one that it is handed; a small call waits for that.
+    """
 
-class Launch(NamedTuple):
-    """A kernel with all that it is started with: `arguments` first, then `constants`, then the compiler's options."""
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        numbers: Mapping[str, float],
+        constants: Mapping[str, Any],
+        options: Mapping[str, int],
+    ) -> None:
+        self.kernel, self.grid = kernel, grid
+        self.numbers, self.constants, self.options = dict(numbers), dict(constants), dict(options)
+        given = {**self.numbers, **self.constants}
+        names = kernel.arg_names
+        self._values: list[Any] = [given.get(name) for name in names]
+        self._order = {name: i for i, name in enumerate(names)}
+        self._tensors = [(i, name) for i, name in enumerate(names) if name not in given]
+        self._made: dict[
+            Any, Any
+        ] = {}  # by device, and what Triton compiles anew for: where tensors lie within 16 bytes
 
-    kernel: Any
-    grid: tuple[int, int]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
         """Queue the kernel on `device`, which need not be the current one."""
         with on_device(device):
-            self.starter()()
+            self.starter(tensors)()
 
-    def starter(self) -> Callable[..., None]:
+    def starter(self, tensors: Mapping[str, Tensor | None]) -> Callable[..., None]:
         """Return a function that queues the kernel on the current device, as often as it is called.
 
-        What it is called with replaces arguments from then on: numbers in FREE, and tensors of the same dtype. Triton
-        takes 50 microseconds to see that it has compiled a kernel before, and a quarter of that to start one that it is
-        handed; a small call waits for that.
+        `tensors` holds at least those of the kernel's arguments, by name. What the function is called with, numbers and
+        tensors of the same kind, replaces arguments from then on.
         """
-        given = {**self.arguments, **self.constants}
-        key: list[Any] = [id(self.kernel), torch.cuda.current_device() if torch.cuda.is_initialized() else None]
-        values: list[Any] = []  # tensors as their addresses, which spares the launcher to ask for them
-        for name in self.kernel.arg_names:
-            x = given[name]
-            if isinstance(x, Tensor):
-                address = x.data_ptr()
-                values.append(address)
-                key += (x.dtype, address % 16)
-                continue
-            values.append(x)
-            if name in self.constants:
-                key.append(x)
-            elif name not in FREE:  # what Triton sees in a number
-                key += (x == 1, x % 16 == 0, x >= 2**31) if isinstance(x, int) else (type(x),)
-        known = (*key, *self.options.values())
-        order = {name: i for i, name in enumerate(self.kernel.arg_names) if name in self.arguments}
+        values, low = self._values.copy(), 0
+        for i, name in self._tensors:
+            if (x := tensors[name]) is not None:
+                values[i] = address = x.data_ptr()  # which spares the launcher to ask for it
+                low |= address
+        key: Any = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        if low % 16:
+            key = (key, *(0 if values[i] is None else values[i] % 16 for i, _ in self._tensors))
+        given: dict[str, Any] = {}
 
         def start(**changes: Any) -> None:
-            if 0 in self.grid:
-                return
-            given.update(changes)
             for name, x in changes.items():
-                values[order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
-            if (made := _compiled.get(known)) is not None:
+                values[self._order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
+            if (made := self._made.get(key)) is not None:
                 made[(*self.grid, 1)](*values)
-            elif (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
-                _compiled[known] = made
+                return
+            if not given:
+                given.update({name: tensors[name] for _, name in self._tensors}, **self.numbers, **self.constants)
+            given.update(changes)
+            if (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
+                self._made[key] = made
 
-        return start
+        return start if 0 not in self.grid else _nothing
+
+
+def _nothing(**changes: Any) -> None:
+    """Start no program."""
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -92,55 +96,29 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def kind(gate: Tensor | None) -> int:
-    """0: no gate; 1: one value a head; 2: one a channel."""
-    return 0 if gate is None else gate.ndim - 2
-
-
-def flags(call: Call) -> dict[str, Any]:
+def flags(form: Form) -> dict[str, Any]:
     """What the compiler knows of a call in every kernel that reads its gates."""
     return {
-        "DECAY": kind(call.log_decay),
-        "ERASE": call.erase_logits is not None,
-        "CORRECT": kind(call.correct),
-        "STORED": call.stored,
-        "NORM": call.qk_norm,
+        "DECAY": form.decay,
+        "ERASE": form.erase,
+        "CORRECT": form.correct,
+        "STORED": form.stored,
+        "NORM": form.qk_norm,
         "FLOOR": FLOOR,
-        **cuts(call),
+        **cuts(form),
     }
 
 
-def cuts(call: Call) -> dict[str, Any]:
+def cuts(form: Form) -> dict[str, Any]:
     """What the compiler knows of a call in every kernel: how sequences are cut, and the precision of products."""
-    return {"CONTENT": call.chunk, "VARLEN": call.cu_seqlens is not None, "MODE": MODES[call.q.dtype][0]}
+    return {"CONTENT": form.chunk, "VARLEN": form.packed, "MODE": MODES[form.dtype][0]}
 
 
-def rank(call: Call) -> dict[str, int]:
-    """The content gate's rank, for the kernels that read its pair."""
-    r = 1 if call.down is None else call.down.shape[1]
-    return {"RANK": r, "BR": power(r)}
-
-
-def sizes(call: Call, *names: str) -> dict[str, int]:
+def sizes(form: Form, *names: str) -> dict[str, int]:
     """The sizes of a call by name."""
-    (_, T, H, K), (HV, V) = call.q.shape, call.v.shape[2:]
-    every = {"T": T, "H": H, "HV": HV, "K": K, "V": V}
-    return {name: every[name] for name in names}
+    return {name: getattr(form, name) for name in names}
 
 
-def contiguous(call: Call) -> Call:
-    """The call as the kernels read it: dense tensors, and the content pair in float32."""
-    call = Call(*[x.contiguous() if isinstance(x, Tensor) else x for x in call])  # type: ignore[arg-type]
-    if call.down is None or call.up is None:
-        return call
-    return call._replace(down=call.down.float(), up=call.up.float())
-
-
-def check_values(call: Call) -> None:
-    """Refuse wrong counts and bounds where they lie in host memory; elsewhere reading them would stop the host."""
-    if call.q.device.type != "cpu":
-        return
-    if call.chunk:
-        check_counts(call.count.tolist(), call.chunk)
-    if call.cu_seqlens is not None:
-        check_bounds(call.cu_seqlens.tolist(), call.q.shape[1])
+def window(first: int, count: int) -> dict[str, int]:
+    """A window of `count` blocks of every sequence from `first` on, with scratch memory of its own."""
+    return {"first": first, "count": count, "origin": first, "span": count}

@@ -5,26 +5,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybridzoo.kernels.checks import check_bounds, check_counts
+from hybridzoo.kernels.fused.form import form_of
 from hybridzoo.kernels.fused.room import room
-from hybridzoo.kernels.recurrence_op import N_FLOATS, Call, delta_rule, register
+from hybridzoo.kernels.recurrence_op import N_FLOATS, N_TENSORS, Call, delta_rule, register
 
 
 def _forward(call: Call, kept: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from hybridzoo.kernels.fused import forward, launch
+    from hybridzoo.kernels.fused import forward
 
-    launch.check_values(call)
-    return forward.run(launch.contiguous(call), kept, save)
+    check_values(call)
+    dense = contiguous(call)
+    return forward.run(dense, form_of(dense), kept, save)
 
 
 def _backward(call: Call, kept: list[Tensor], o: Tensor | None, d_results: list[Tensor | None]) -> list[Tensor | None]:
-    from hybridzoo.kernels.fused import backward, launch
+    from hybridzoo.kernels.fused import backward
 
-    dense = launch.contiguous(call)
-    ends = (dense.v, dense.S, dense.o_sum, dense.o_mean)
-    given = [torch.zeros_like(x) if d is None else d.contiguous() for d, x in zip(d_results, ends, strict=True)]
-    gradients = backward.run(dense, kept, o, given)
-    pairs = zip(gradients, call[:N_FLOATS], strict=True)
-    return [d.to(x.dtype) if d is not None and isinstance(x, Tensor) else None for d, x in pairs]
+    dense = contiguous(call)
+    d_o, d_S, d_sum, d_mean = d_results
+    content = call.chunk > 0  # else sum and mean are empty
+    given = (
+        _dense_or_zeros(d_o, dense.v),
+        _dense_or_zeros(d_S, dense.S),
+        _dense_or_zeros(d_sum, dense.o_sum) if content else None,
+        _dense_or_zeros(d_mean, dense.o_mean) if content else None,
+    )
+    gradients = backward.run(dense, form_of(dense), kept, o, given)
+    pairs = zip(gradients, call.tensors[:N_FLOATS], strict=True)
+    return [d if d is None or x is None or d.dtype == x.dtype else d.to(x.dtype) for d, x in pairs]
+
+
+def _dense_or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if d is None else d.contiguous()
+
+
+def contiguous(call: Call) -> Call:
+    """The call as the kernels read it: dense tensors, and the content pair in float32."""
+    if not all(x is None or x.is_contiguous() for x in call.tensors):
+        dense = [x if x is None else x.contiguous() for x in call.tensors]
+        call = Call(*dense, *call[N_TENSORS:])  # type: ignore[arg-type]
+    if call.down is None or call.up is None:
+        return call
+    return call._replace(down=call.down.float(), up=call.up.float())
+
+
+def check_values(call: Call) -> None:
+    """Refuse wrong counts and bounds where they lie in host memory; elsewhere reading them would stop the host."""
+    if call.q.device.type != "cpu":
+        return
+    if call.chunk:
+        check_counts(call.count.tolist(), call.chunk)
+    if call.cu_seqlens is not None:
+        check_bounds(call.cu_seqlens.tolist(), call.q.shape[1])
 
 
 _forward_op = register("fused_delta_rule", room=room, forward=_forward, backward=_backward)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.fused.config import block_of
+from hybridzoo.kernels.fused.form import Form, form_of
 from hybridzoo.kernels.recurrence_op import Call
 
 
@@ -23,35 +24,35 @@ def room(call: Call, save: bool) -> list[Tensor]:
     V + K]`: a chunk's mean and the readout of it, zeros where no chunk is. bf16 stays bf16; fp16, whose range is too
     small for a state, becomes float32.
     """
-    (K, (HV, V)), C = (call.q.shape[3], call.v.shape[2:]), block_of(call, True)
-    blocks = n_blocks(call, C) if save else 0
-    corrected = 0 if call.correct is None else blocks
-    kept = call.q.dtype if call.q.dtype == torch.bfloat16 else torch.float32
+    form = form_of(call)
+    K, HV, V, C = form.K, form.HV, form.V, block_of(form, True)
+    blocks = n_blocks(form, C) if save else 0
+    corrected = blocks if form.correct else 0
     return [
-        call.q.new_empty(blocks, HV, V, K, dtype=kept),
-        call.q.new_empty(blocks, HV, C, V, dtype=kept),
-        call.q.new_empty(corrected, HV, C, C, dtype=kept),
-        call.q.new_zeros(n_rows(call) if save else 0, HV, V + K, dtype=torch.float32),
+        call.q.new_empty(blocks, HV, V, K, dtype=form.kept),
+        call.q.new_empty(blocks, HV, C, V, dtype=form.kept),
+        call.q.new_empty(corrected, HV, C, C, dtype=form.kept),
+        call.q.new_zeros(n_rows(form) if save else 0, HV, V + K, dtype=torch.float32),
     ]
 
 
-def n_blocks(call: Call, C: int) -> int:
+def n_blocks(form: Form, C: int) -> int:
     """A bound on the blocks of C tokens of all sequences; `places.sequence` says where each sequence's begin."""
-    N, T, spare = call.S.shape[0], call.q.shape[1], 1 if call.chunk else 0
-    return N * (-(-T // C) + spare) if call.cu_seqlens is None else T // C + N * (1 + spare)
+    N, T, spare = form.N, form.T, 1 if form.chunk else 0
+    return T // C + N * (1 + spare) if form.packed else N * (-(-T // C) + spare)
 
 
-def n_chunks(call: Call) -> int:
+def n_chunks(form: Form) -> int:
     """A bound on the content chunks that a sequence has tokens in."""
-    return max(0, call.q.shape[1] + call.chunk - 2) // call.chunk + 1
+    return max(0, form.T + form.chunk - 2) // form.chunk + 1
 
 
-def n_rows(call: Call) -> int:
+def n_rows(form: Form) -> int:
     """A bound on the rows of what content chunks read: a row for each chunk, and one for a chunk that is to begin."""
-    N, T, L = call.S.shape[0], call.q.shape[1], call.chunk
+    N, T, L = form.N, form.T, form.chunk
     if not L:
         return 0
-    return N * _rows_of_equals(T, L) if call.cu_seqlens is None else T // L + 2 * N
+    return T // L + 2 * N if form.packed else N * _rows_of_equals(T, L)
 
 
 def first_rows(call: Call) -> Tensor:

@@ -8,9 +8,10 @@ Shapes: N sequences, H key heads, HV value heads, K key dim, V value dim, L cont
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
-from hybridzoo.kernels.fused.launch import FLOOR, Launch, kind
+from hybridzoo.kernels.fused.form import dtypes_of, kind
+from hybridzoo.kernels.fused.launch import FLOOR, Launch
 from hybridzoo.kernels.recurrence_op import STATE, TOKENS, define, dense_like
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
@@ -43,6 +45,11 @@ class Step(NamedTuple):
     norm: bool  # q and k are brought to unit length first
     scale: float
     chunk: int  # L, 0 without a content gate
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors as the kernel names them."""
+        names = ("q", "k", "v", "g", "z", "down", "up", "e", "w", "S0", "sum0", "mean0", "count0")
+        return cast("dict[str, Tensor | None]", dict(zip(names, self, strict=False)))
 
 
 class StepConfig(NamedTuple):
@@ -92,43 +99,44 @@ def fused_step(
     return o, DeltaState(*fields)
 
 
-def launch(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, count: Tensor) -> Launch:
-    """The kernel on a dense `step`, writing the rest. `count` is not `step.count`; the other fields may be its own."""
+def start(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, count: Tensor) -> None:
+    """Run the kernel on a dense `step`, writing the rest. `count` is not `step.count`; the others may be its own."""
+    found = step.tensors()
+    found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean, "count1": count}
+    launch_of(step).start(step.q.device, found)
+
+
+def launch_of(step: Step) -> Launch:
+    """The launch of a dense `step`, the same for all with its sizes, dtypes and options."""
+    heads = tuple([0 if x is None else x.stride(0) for x in (step.down, step.up)])
+    gates = (kind(step.log_decay), step.erase_logits is not None, kind(step.correct), kind(step.write))
+    rank = 0 if step.down is None else step.down.shape[1]
+    options = (step.stored, step.norm, step.scale, step.chunk)
+    return _launch(step.q.shape, step.v.shape, gates, rank, heads, dtypes_of(step.tensors().values()), *options)
+
+
+@functools.lru_cache(maxsize=512)
+def _launch(
+    qk: tuple[int, ...],
+    vo: tuple[int, ...],
+    gates: tuple[int, bool, int, int],
+    rank: int,
+    heads: tuple[int, int],
+    dtypes: tuple[torch.dtype | None, ...],
+    stored: bool,
+    norm: bool,
+    scale: float,
+    chunk: int,
+) -> Launch:
     from hybridzoo.kernels.fused.step import step_kernel
 
-    (N, _, H, K), (HV, V) = step.q.shape, step.v.shape[2:]
-    rank = 0 if step.down is None else step.down.shape[1]
+    (N, _, H, K), (HV, V) = qk, vo[2:]
+    decay, erase, correct, write = gates
     config = step_config(K, V, rank)
     # A content gate reads all of a head's mean before any of it is written: one program a head.
-    walk = config.blocks if step.chunk else 1
+    walk = config.blocks if chunk else 1
     parts = config.blocks // walk
-    arguments = {
-        "q": step.q,
-        "k": step.k,
-        "v": step.v,
-        "g": step.log_decay,
-        "z": step.erase_logits,
-        "e": step.correct,
-        "w": step.write,
-        "down": step.down,
-        "up": step.up,
-        "S0": step.S,
-        "sum0": step.o_sum,
-        "mean0": step.o_mean,
-        "count0": step.count,
-        "o": o,
-        "S1": S,
-        "sum1": o_sum,
-        "mean1": o_mean,
-        "count1": count,
-        "scale": float(step.scale),
-        "H": H,
-        "HV": HV,
-        "K": K,
-        "V": V,
-        "down_head": 0 if step.down is None else step.down.stride(0),
-        "up_head": 0 if step.up is None else step.up.stride(0),
-    }
+    numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V, "down_head": heads[0], "up_head": heads[1]}
     constants = {
         "BK": power(K),
         "BV": config.block_v,
@@ -137,17 +145,17 @@ def launch(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, coun
         "RANK": rank,
         "PARTS": parts,
         "WALK": walk,
-        "DECAY": kind(step.log_decay),
-        "ERASE": step.erase_logits is not None,
-        "CORRECT": kind(step.correct),
-        "WRITE": kind(step.write),
-        "STORED": step.stored,
-        "CONTENT": step.chunk,
-        "NORM": step.norm,
+        "DECAY": decay,
+        "ERASE": erase,
+        "CORRECT": correct,
+        "WRITE": write,
+        "STORED": stored,
+        "CONTENT": chunk,
+        "NORM": norm,
         "FLOOR": FLOOR,
     }
     schedule = {**options(config.num_warps), "maxnreg": config.registers}
-    return Launch(step_kernel, (N * HV * parts, 1), arguments, constants, schedule)
+    return Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule)
 
 
 def step_config(K: int, V: int, rank: int) -> StepConfig:
@@ -219,7 +227,7 @@ def _step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     step = Step(*arguments)
     _check(step)
     o, S1, sum1, mean1, count1 = (dense_like(x) for x in (step.v, step.S, step.o_sum, step.o_mean, step.count))
-    launch(_dense(step), o, S1, sum1, mean1, count1).start(step.q.device)
+    start(_dense(step), o, S1, sum1, mean1, count1)
     return o, S1, sum1, mean1, count1
 
 
@@ -231,7 +239,7 @@ def _step_in_place(*arguments: Any) -> Tensor:
     _check_apart(given)
     dense = _dense(step)
     o, count1 = dense_like(step.v), dense_like(step.count)
-    launch(dense, o, dense.S, dense.o_sum, dense.o_mean, count1).start(step.q.device)
+    start(dense, o, dense.S, dense.o_sum, dense.o_mean, count1)
     for field, written in zip(given[:3], (dense.S, dense.o_sum, dense.o_mean), strict=True):
         if written is not field:  # a copy, since the given one is not contiguous
             field.copy_(written)

@@ -12,15 +12,6 @@ import triton.language as tl
 
 
 @triton.jit
-def mm(a, b, MODE: tl.constexpr):
-    """`a @ b` into float32: bf16 operands for MODE "bf16", else float32 ones in that input precision."""
-    if MODE == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=MODE)
-
-
-@triton.jit
 def operand(x, MODE: tl.constexpr):
     """`x` as `mm` rounds it, in float32."""
     if MODE == "bf16":
@@ -29,6 +20,20 @@ def operand(x, MODE: tl.constexpr):
         return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def mm(a, b, MODE: tl.constexpr):
+    """`a @ b` into float32: bf16 operands for MODE "bf16", else float32 ones in that input precision.
+
+    For "tf32" they are rounded first: the multiplier cuts off what it does not take.
+    """
+    if MODE == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif MODE == "tf32":
+        return tl.dot(operand(a.to(tl.float32), MODE), operand(b.to(tl.float32), MODE), input_precision=MODE)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=MODE)
 
 
 @triton.jit

@@ -78,9 +78,12 @@ def test_a_shipped_configuration_compiles_without_a_spill(
     x, tail = empty(B, T, C), empty(N, C, W - 1)
     cu_seqlens = empty(N + 1, dtype=torch.int64) if packed else None
     call = conv_op.ConvCall(x, empty(C, W), empty(C) if bias else None, tail if tails else None, cu_seqlens, silu=True)
+    form, found = conv_op.form_of(call, d_new=tails, d_tail=tails)
     given = tail if tails else None
-    for launch in (conv_op.forward_launch(call, x, tail), conv_op.backward_launch(call, x, given, x, given)[0]):
-        takes = usage(launch, capability)
+    parts = empty(form.blocks(conv_op.BLOCK_BACKWARD), W + bias, C, dtype=torch.float32)
+    found |= {"y": x, "new_tail": tail, "dy": x, "d_new": given, "dx": x, "d_tail": given, "parts": parts}
+    for launch in (conv_op.forward_launch(form), conv_op.backward_launch(form)):
+        takes = usage(launch, found, capability)
         assert takes.stack == 0, takes
         assert takes.shared <= 1024, takes  # what turns a strided load about
 

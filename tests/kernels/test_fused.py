@@ -80,8 +80,8 @@ def test_a_shipped_configuration_compiles_within_its_bounds(
     row: str, size: str, dtype: str, capability: int, packed: bool
 ) -> None:
     kind = "4 bytes" if dtype != "bf16" else "bf16 on Ampere" if capability == 80 else "bf16"
-    for launch in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, norm=packed):
-        takes = usage(launch, capability)
+    for launch, tensors in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, norm=packed):
+        takes = usage(launch, tensors, capability)
         assert takes.shared <= MOST_SHARED * 1024, (launch.kernel.fn.__name__, takes)
         assert takes.stack <= STACK[kind], (launch.kernel.fn.__name__, takes)
         # 32 registers and kilobytes of stack are what ptxas leaves when it gives up.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import gated_delta_rule, gated_delta_rule_flops
-from hybridzoo.kernels.fused.step_op import Step, launch
+from hybridzoo.kernels.fused.step_op import Step, launch_of
 
 pytest.importorskip("triton", reason="triton is not installed; its wheels are for Linux")
 
@@ -70,15 +70,16 @@ FEW = [
     "row, size, dtype, capability, rank", EVERY if os.environ.get("HYBRIDZOO_COMPILE") == "all" else FEW
 )
 def test_a_step_compiles_without_a_spill(row: str, size: str, dtype: str, capability: int, rank: int) -> None:
-    planned = _planned(ROWS[row], *SIZES[size], DTYPES[dtype], rank)
-    takes = usage(planned, capability)
+    step = _step(ROWS[row], *SIZES[size], DTYPES[dtype], rank)
+    planned, ends = launch_of(step), dict.fromkeys(("S1", "sum1", "mean1"), step.S)
+    takes = usage(planned, {**step.tensors(), "o": step.v, **ends, "count1": step.count}, capability)
     assert takes.stack == 0, takes
     assert takes.registers <= planned.options["maxnreg"], takes
     assert takes.shared <= 48 * 1024, takes
 
 
-def _planned(flags: dict[str, Any], K: int, V: int, dtype: torch.dtype, rank: int, N: int = 8, heads: int = 16) -> Any:
-    """The launch of a step in place with these five flags, as the host would make it."""
+def _step(flags: dict[str, Any], K: int, V: int, dtype: torch.dtype, rank: int, N: int = 8, heads: int = 16) -> Step:
+    """A step with these five flags."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -90,7 +91,7 @@ def _planned(flags: dict[str, Any], K: int, V: int, dtype: torch.dtype, rank: in
         return {"scalar": empty(N, 1, heads), "channel": empty(N, 1, heads, dim)}.get(flags[flag])
 
     tail = V if rank else 0
-    step = Step(
+    return Step(
         q=empty(N, 1, heads, K),
         k=empty(N, 1, heads, K),
         v=empty(N, 1, heads, V),
@@ -109,7 +110,6 @@ def _planned(flags: dict[str, Any], K: int, V: int, dtype: torch.dtype, rank: in
         scale=K**-0.5,
         chunk=64 if rank else 0,
     )
-    return launch(step, step.v, step.S, step.o_sum, step.o_mean, torch.empty_like(step.count))
 
 
 def test_one_token_counts_the_flops_of_the_recurrence_itself() -> None:

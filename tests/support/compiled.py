@@ -15,8 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hybridzoo.kernels.fused import backward, forward
+from hybridzoo.kernels.fused.form import form_of
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.room import room
+from hybridzoo.kernels.fused.scratch import Tensors
 from hybridzoo.kernels.recurrence_op import Call
 
 TYPES = {
@@ -47,8 +49,8 @@ def planned(
     rank: int = 16,
     heads: int = 16,
     norm: bool = False,
-) -> list[Launch]:
-    """The launches of a call with these five flags, forward and backward, as the host would make them."""
+) -> list[tuple[Launch, Tensors]]:
+    """The launches of a call with these five flags, forward and backward, as the host would make them, and tensors."""
     B, T, N = (1, 4096, 3) if packed else (2, 2048, 2)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -83,17 +85,23 @@ def planned(
         qk_norm=norm,
         segments=0,
     )
-    kept = room(call, True)
-    results = [call.v, call.S, call.o_sum, call.o_mean]
-    return [*forward.launches(call, kept, True, *results), *backward.launches(call, kept, call.v, results)[0]]
+    form, kept, ends = form_of(call), room(call, True), [call.v, call.S, call.o_sum, call.o_mean]
+    ahead, back = forward.plan(form, True), backward.plan(form)
+    given = forward.tensors(call, form, ahead, kept, True)
+    given |= dict(zip(("o", "S1", "sum1", "mean1"), ends, strict=True))
+    d_ends = ends if content else [*ends[:2], None, None]
+    given_back = backward.tensors(call, form, back, kept, call.v if norm else None, tuple(d_ends))
+    given_back |= backward.new_content(call, form, back, kept[3])
+    launches = [(launch, given) for launch in (ahead.ahead, ahead.scan)]
+    return launches + [(launch, given_back) for launch in (back.ahead, back.scan_back, *back.gradients)]
 
 
-def usage(planned: Launch, capability: int) -> Usage:
+def usage(planned: Launch, tensors: Tensors, capability: int) -> Usage:
     """Compile a launch for a compute capability such as 90, and read what it takes."""
     constants, attributes, signature = dict(planned.constants), {}, {}
     for index, parameter in enumerate(planned.kernel.params):
         name = parameter.name
-        value = planned.arguments.get(name)
+        value = planned.numbers.get(name, tensors.get(name))
         if name in constants or value is None or (value == 1 if isinstance(value, int) else False):
             signature[name] = "constexpr"
             constants.setdefault(name, value)

@@ -1,0 +1,92 @@
+"""The form of a call: all that its launches follow from but where its tensors lie. Calls of one form share their plans.
+
+Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, L content chunk, r content rank,
+N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels.recurrence_op import Call
+
+
+class Form(NamedTuple):
+    """Sizes, flags and dtypes of a call. A gate is 0: off; 1: one value a head; 2: one a channel."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    HV: int
+    V: int
+    N: int
+    decay: int
+    erase: bool
+    correct: int
+    write: int
+    rank: int  # r, 0 without a content gate
+    packed: bool
+    stored: bool
+    scale: float
+    chunk: int  # L, 0 without a content gate
+    qk_norm: bool
+    segments: int
+    dtypes: tuple[torch.dtype | None, ...]  # of the call's tensors, None where one is off
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of q, k, v and the outputs."""
+        dtype = self.dtypes[0]
+        assert dtype is not None
+        return dtype
+
+    @property
+    def decays(self) -> bool:
+        """Whether anything fades."""
+        return self.decay > 0 or self.erase
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What scratch memory and kept states are of: fp16's range is too small for a state."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+
+def form_of(call: Call) -> Form:
+    """The form of a call."""
+    (B, T, H, K), (HV, V) = call.q.shape, call.v.shape[2:]
+    return Form(
+        B,
+        T,
+        H,
+        K,
+        HV,
+        V,
+        call.count.shape[0],
+        kind(call.log_decay),
+        call.erase_logits is not None,
+        kind(call.correct),
+        kind(call.write),
+        0 if call.down is None else call.down.shape[1],
+        call.cu_seqlens is not None,
+        call.stored,
+        call.scale,
+        call.chunk,
+        call.qk_norm,
+        call.segments,
+        dtypes_of(call.tensors),
+    )
+
+
+def dtypes_of(tensors: Iterable[Tensor | None]) -> tuple[torch.dtype | None, ...]:
+    """The dtype of each tensor that is there."""
+    return tuple([None if x is None else x.dtype for x in tensors])
+
+
+def kind(gate: Tensor | None) -> int:
+    """0: no gate; 1: one value a head; 2: one a channel."""
+    return 0 if gate is None else gate.ndim - 2
