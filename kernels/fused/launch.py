@@ -47,9 +47,8 @@ class Launch:
         self._values: list[Any] = [given.get(name) for name in names]
         self._order = {name: i for i, name in enumerate(names)}
         self._tensors = [(i, name) for i, name in enumerate(names) if name not in given]
-        self._made: dict[
-            Any, Any
-        ] = {}  # by device, and what Triton compiles anew for: where tensors lie within 16 bytes
+        # By device, and what Triton compiles anew for: where tensors lie within 16 bytes.
+        self._made: dict[Any, Callable[..., None]] = {}
 
     def start(self, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
         """Queue the kernel on `device`, which need not be the current one."""
@@ -62,12 +61,15 @@ class Launch:
         `tensors` holds at least those of the kernel's arguments, by name. What the function is called with, numbers and
         tensors of the same kind, replaces arguments from then on.
         """
+        key: Any
         values, low = self._values.copy(), 0
         for i, name in self._tensors:
             if (x := tensors[name]) is not None:
                 values[i] = address = x.data_ptr()  # which spares the launcher to ask for it
                 low |= address
-        key: Any = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        key, stream = None, None
+        if torch.cuda.is_initialized():
+            key, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
         if low % 16:
             key = (key, *(0 if values[i] is None else values[i] % 16 for i, _ in self._tensors))
         given: dict[str, Any] = {}
@@ -75,14 +77,14 @@ class Launch:
         def start(**changes: Any) -> None:
             for name, x in changes.items():
                 values[self._order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
-            if (made := self._made.get(key)) is not None:
-                made[(*self.grid, 1)](*values)
+            if (run := self._made.get(key)) is not None:
+                run(*values, stream=stream)
                 return
             if not given:
                 given.update({name: tensors[name] for _, name in self._tensors}, **self.numbers, **self.constants)
             given.update(changes)
             if (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
-                self._made[key] = made
+                self._made[key] = made[(*self.grid, 1)]
 
         return start if 0 not in self.grid else _nothing
 

@@ -24,6 +24,8 @@ from hybridzoo.kernels.fused.launch import FLOOR, Launch
 from hybridzoo.kernels.recurrence_op import STATE, TOKENS, define, dense_like
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
+REGISTERS = 64  # of a thread, what the kernel needs without spilling
+
 
 class Step(NamedTuple):
     """What a step reads: tensors as in `gated_delta_rule` with T = 1, N as B, and its options."""
@@ -53,12 +55,10 @@ class Step(NamedTuple):
 
 
 class StepConfig(NamedTuple):
-    """How the kernel is cut: value channels at a time, how many such blocks, warps, and registers a thread."""
+    """How the kernel is cut: value channels of a program, and its warps."""
 
     block_v: int
-    blocks: int
     num_warps: int
-    registers: int
 
 
 def no_gradient_to_come(tensors: Iterable[Tensor | None]) -> bool:
@@ -100,51 +100,48 @@ def fused_step(
 
 
 def start(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, count: Tensor) -> None:
-    """Run the kernel on a dense `step`, writing the rest. `count` is not `step.count`; the others may be its own."""
+    """Run the kernels on a dense `step`, writing the rest. `count` is not `step.count`; the others may be its own."""
     found = step.tensors()
-    found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean, "count1": count}
-    launch_of(step).start(step.q.device, found)
+    found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean, "count1": count, "u": None}
+    if step.chunk:
+        found["u"] = step.S.new_empty(step.S.shape[:3])
+    for launch in launches_of(step):
+        launch.start(step.q.device, found)
 
 
-def launch_of(step: Step) -> Launch:
-    """The launch of a dense `step`, the same for all with its sizes, dtypes and options."""
-    heads = tuple([0 if x is None else x.stride(0) for x in (step.down, step.up)])
+def launches_of(step: Step) -> list[Launch]:
+    """The launches of a dense `step`, the same for all with its sizes, dtypes and options."""
     gates = (kind(step.log_decay), step.erase_logits is not None, kind(step.correct), kind(step.write))
-    rank = 0 if step.down is None else step.down.shape[1]
+    pair = None
+    if step.down is not None and step.up is not None:
+        pair = (step.down.shape[1], step.down.stride(0), step.up.stride(0))
     options = (step.stored, step.norm, step.scale, step.chunk)
-    return _launch(step.q.shape, step.v.shape, gates, rank, heads, dtypes_of(step.tensors().values()), *options)
+    return _launches(step.q.shape, step.v.shape, gates, pair, dtypes_of(step.tensors().values()), *options)
 
 
 @functools.lru_cache(maxsize=512)
-def _launch(
+def _launches(
     qk: tuple[int, ...],
     vo: tuple[int, ...],
     gates: tuple[int, bool, int, int],
-    rank: int,
-    heads: tuple[int, int],
+    pair: tuple[int, int, int] | None,
     dtypes: tuple[torch.dtype | None, ...],
     stored: bool,
     norm: bool,
     scale: float,
     chunk: int,
-) -> Launch:
-    from hybridzoo.kernels.fused.step import step_kernel
+) -> list[Launch]:
+    """`pair` is the content gate's rank and its strides from head to head."""
+    from hybridzoo.kernels.fused.step import readout_kernel, step_kernel
 
     (N, _, H, K), (HV, V) = qk, vo[2:]
     decay, erase, correct, write = gates
-    config = step_config(K, V, rank)
-    # A content gate reads all of a head's mean before any of it is written: one program a head.
-    walk = config.blocks if chunk else 1
-    parts = config.blocks // walk
-    numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V, "down_head": heads[0], "up_head": heads[1]}
+    config = step_config(K, V)
+    parts = -(-V // config.block_v)
     constants = {
         "BK": power(K),
         "BV": config.block_v,
-        "BM": power(V),
-        "BR": power(rank),
-        "RANK": rank,
         "PARTS": parts,
-        "WALK": walk,
         "DECAY": decay,
         "ERASE": erase,
         "CORRECT": correct,
@@ -154,21 +151,24 @@ def _launch(
         "NORM": norm,
         "FLOOR": FLOOR,
     }
-    schedule = {**options(config.num_warps), "maxnreg": config.registers}
-    return Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule)
+    numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}
+    schedule = {**options(config.num_warps), "maxnreg": REGISTERS}
+    step = Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule)
+    if pair is None:
+        return [step]
+    rank, down_head, up_head = pair
+    numbers = {"HV": HV, "K": K, "V": V, "down_head": down_head, "up_head": up_head}
+    constants = {"BK": power(K), "BV": power(V), "BR": power(rank), "RANK": rank}
+    warps = min(8, max(1, power(rank) * power(max(K, V)) // 1024))  # 32 numbers of each matrix a thread
+    return [Launch(readout_kernel, (N * HV, 1), numbers, constants, options(warps)), step]
 
 
-def step_config(K: int, V: int, rank: int) -> StepConfig:
-    """The cut, from head sizes and the content rank (0 without a content gate).
-
-    16 numbers of the state a thread and few registers otherwise, so that a multiprocessor has 64 KiB of states on their
-    way at once. A content gate changes no block: one that reads nothing sums in the same order as none.
+def step_config(K: int, V: int) -> StepConfig:
+    """The cut, from head sizes: 16 numbers of the state a thread and few registers otherwise, so that a multiprocessor
+    has 64 KiB of states on their way at once.
     """
     block_v = min(power(V), 32, 4096 // power(K))
-    warps = max(4, power(K) * block_v // 512)
-    # What each kind needs without spilling; a content gate holds either matrix of its pair.
-    registers = 64 if not rank else 128 if power(rank) * power(max(K, V)) <= 1024 * warps else 255
-    return StepConfig(block_v, -(-V // block_v), warps, registers)
+    return StepConfig(block_v, max(4, power(K) * block_v // 512))
 
 
 def _dense(step: Step) -> Step:
