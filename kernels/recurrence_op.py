@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.autocast import without_autocast
+from hybridzoo.kernels.operators import define, dense_like, differentiate, first_order, without_gradient
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
@@ -117,7 +118,6 @@ def delta_rule(operator: Any) -> DeltaRule:
     return run
 
 
-_LIBRARY = torch.library.Library("hybridzoo", "FRAGMENT")
 # Of the operators' schemas: what a token brings, and the fields of a DeltaState.
 TOKENS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? erase_logits, Tensor? down, Tensor? up, Tensor? correct, "
@@ -161,23 +161,14 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     run = define(f"{name}({_CALL}, bool save) -> ({', '.join(['Tensor'] * 9)})", operator, fake_operator)
     run_back = define(f"{name}_backward({_CALL}, {kept}) -> Tensor[]", backward_operator, fake_backward_operator)
 
-    class First(torch.autograd.Function):
-        """The backward operator where a second derivative may be asked for, to refuse it."""
-
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            return tuple(run_back(*arguments))
-
-        @staticmethod
-        def backward(ctx: Any, *d_outputs: Tensor) -> None:
-            raise RuntimeError("gated_delta_rule has no second derivative on this backend: use backend='reference'")
+    first_back = first_order(
+        run_back, "gated_delta_rule has no second derivative on this backend: use backend='reference'"
+    )
 
     class Rule(torch.autograd.Function):
-        # Without a setup_context torch need not bind the arguments of each call; transforms of torch.func are refused.
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            with torch._C._AutoDispatchBelowAutograd():
-                output: tuple[Tensor, ...] = run(*arguments)
+            output: tuple[Tensor, ...] = without_gradient(run, arguments)
             ctx.options = arguments[N_TENSORS:-1]
             qk_norm = ctx.options[3]  # whose gradient is read off the outputs
             ctx.save_for_backward(*arguments[:N_TENSORS], output[0] if qk_norm else None, *output[N_RESULTS:])
@@ -195,38 +186,13 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
                     "torch.func.vmap, that hid requires_grad from it; use backend='reference' there"
                 )
             call = (*inputs, *ctx.options, kept, o, *d_outputs[: N_RESULTS - 1])
-            gradients = First.apply(*call) if torch.is_grad_enabled() else run_back(*call)
+            gradients = first_back(*call)
             # count, cu_seqlens and the options have none.
             spare = [None] * (len(Call._fields) + 1 - N_FLOATS)
             return *(None if x is None else d for d, x in zip(gradients, inputs, strict=False)), *spare
 
-    def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors = arguments[:N_FLOATS]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return Rule.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*arguments)
-
-    _LIBRARY.impl(name, differentiable, "Autograd")
+    differentiate(run, Rule, N_FLOATS)
     return run
-
-
-def dense_like(x: Tensor) -> Tensor:
-    """Unwritten memory like `x`, contiguous whatever `x` is."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register the operator `hybridzoo::{schema}`, which has no gradient yet, and return it.
-
-    By `torch.library.Library` and not `torch.library.custom_op`, whose autograd and version layers walk through the
-    schema in Python in each call: with so many arguments that takes longer than a small call's kernels.
-    """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hybridzoo::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.hybridzoo, name).default
 
 
 def _new_count(call: Call) -> Tensor:

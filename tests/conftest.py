@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,22 +29,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _Record:
-    """Gathers the errors that tests report of the kernels, and writes them when all have passed.
+    """Gathers the errors that tests report of the kernels, and writes them with what failed.
 
-    What an earlier run found of the same kernels stays.
+    What an earlier run found of the same kernels stays, unless it was found anew.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, Any] = {}
+        self.found: dict[str, dict[str, float]] = {}
+        self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed:
+        name = report.nodeid.partition("tests/")[2]
+        if report.failed:
+            self.failed.add(name)
+        elif report.when == "call" and report.passed:
             errors = dict(report.user_properties).get("errors", {})
-            self.found[report.nodeid.partition("tests/")[2]] = {n: float(f"{x:.1e}") for n, x in errors.items()}
+            self.found[name] = {n: float(f"{x:.1e}") for n, x in errors.items()}
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus or not self.found:
+    def pytest_sessionfinish(self) -> None:
+        if not self.found:
             return
         from importlib.metadata import version
 
@@ -55,11 +58,14 @@ class _Record:
 
         made = {**environment("cuda"), "triton": version("triton")}
         digest = folder_digest(Path(kernels.__file__).parent)
+        passed, failed = self.found, self.failed
         if self.path.exists() and (before := json.loads(self.path.read_text(encoding="utf-8")))["kernels"] == digest:
-            self.found = {**before["passed"], **self.found}
+            passed = {**before["passed"], **passed}
+            failed = failed | set(before["failed"])
+        passed = {name: errors for name, errors in sorted(passed.items()) if name not in self.failed}
+        result = {"environment": made, "kernels": digest, "failed": sorted(failed - set(self.found)), "passed": passed}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"environment": made, "kernels": digest, "passed": self.found}, indent=1)
-        self.path.write_text(text + "\n", encoding="utf-8")
+        self.path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -112,9 +112,10 @@ def _scan_back(form: Form, cut: Cuts) -> Launch:
         "BV": cut.scan_v,
         "DECAYS": form.decays,
         "CORRECT": form.correct > 0,
+        "PLAIN": form.plain,
         "STAGES": cut.scan_stages,
     }
-    numbers = {**window(0, 0), **sizes(form, "T", "HV", "K", "V")}
+    numbers = {"scale": form.scale, **window(0, 0), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
     return Launch(scan_back_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages))
 
@@ -147,7 +148,7 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
     d_o, d_S, d_sum, d_mean = d_results
     cut = the.cut
     C, blocks = cut.block, window_blocks(form, cut.block, the.in_piece * the.span)
-    made = new_blocks(call.q, form, C, blocks)
+    made = new_blocks(call, form, C, blocks)
     joined = torch.float32 if form.H != form.HV else None  # summed over the value heads of a key head
     parts = power(form.K) // (cut.pairs_k if cut.apart else cut.states_k)
 

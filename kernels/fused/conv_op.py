@@ -21,7 +21,7 @@ from hybridzoo.kernels.fused.config import options
 from hybridzoo.kernels.fused.form import dtypes_of
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.support import DTYPES, device_refusal
-from hybridzoo.kernels.recurrence_op import dense_like
+from hybridzoo.kernels.operators import define, dense_like, differentiate, first_order, without_gradient
 
 MAX_TAPS = 8  # the last rows of a block live in registers
 # Tokens of a block: the fewer, the more programs; the more, the fewer rows that are read twice, and backward the fewer
@@ -164,69 +164,42 @@ def fused_conv(
     return _conv_op(x, weight, bias, tail, cu_seqlens, silu)
 
 
-@torch.library.custom_op("hybridzoo::fused_conv", mutates_args=())
 @without_autocast
-def _conv_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    call = ConvCall(x, weight, bias, tail, cu_seqlens, silu)
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        check_bounds(cu_seqlens.tolist(), x.shape[1])
-    y, new_tail = dense_like(x), _new_tail(call)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = ConvCall(*arguments)
+    if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
+        check_bounds(call.cu_seqlens.tolist(), call.x.shape[1])
+    y, new_tail = dense_like(call.x), _new_tail(call)
     form, found = form_of(call)
-    forward_launch(form).start(x.device, {**found, "y": y, "new_tail": new_tail})
+    forward_launch(form).start(call.x.device, {**found, "y": y, "new_tail": new_tail})
     return y, new_tail
 
 
-@_conv_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, cu_seqlens: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor]:
-    return dense_like(x), _new_tail(ConvCall(x, weight, bias, tail, cu_seqlens, silu))
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = ConvCall(*arguments)
+    return dense_like(call.x), _new_tail(call)
 
 
-@torch.library.custom_op("hybridzoo::fused_conv_backward", mutates_args=())
 @without_autocast
-def _conv_backward_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    through_tail: bool,
-    dy: Tensor | None,
-    d_new: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = ConvCall(x, weight, bias, tail, cu_seqlens, silu)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *fields, through_tail, dy, d_new = arguments
+    call = ConvCall(*fields)
     dx, dweight, dbias, d_tail = _gradients(call, through_tail)
     dy = torch.zeros_like(dx) if dy is None else dy.contiguous()
     d_new = None if d_new is None else d_new.contiguous()
     form, found = form_of(call, d_new is not None, through_tail)
-    W = weight.shape[1]
-    parts = x.new_empty(form.blocks(BLOCK_BACKWARD), W + (bias is not None), form.C, dtype=torch.float32)
+    parts = dx.new_empty(form.blocks(BLOCK_BACKWARD), form.W + (call.bias is not None), form.C, dtype=torch.float32)
     given = {"dy": dy, "d_new": d_new, "dx": dx, "d_tail": d_tail if through_tail else None, "parts": parts}
-    backward_launch(form).start(x.device, {**found, **given})
+    backward_launch(form).start(dx.device, {**found, **given})
     total = parts.sum(0)
-    dweight.copy_(total[:W].t())
-    if bias is not None:
-        dbias.copy_(total[W])
+    dweight.copy_(total[: form.W].t())
+    if call.bias is not None:
+        dbias.copy_(total[form.W])
     return dx, dweight, dbias, d_tail
 
 
-@_conv_backward_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tail: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    through_tail: bool,
-    dy: Tensor | None,
-    d_new: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(ConvCall(x, weight, bias, tail, cu_seqlens, silu), through_tail)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(ConvCall(*arguments[:6]), arguments[6])
 
 
 def _gradients(call: ConvCall, through_tail: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,17 +209,31 @@ def _gradients(call: ConvCall, through_tail: bool) -> tuple[Tensor, Tensor, Tens
     return dense_like(call.x), dense_like(call.weight), d_bias, d_tail
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.silu = inputs[5]
-    ctx.set_materialize_grads(False)
+_CALL = "Tensor x, Tensor weight, Tensor? bias, Tensor? tail, Tensor? cu_seqlens, bool silu"
+_conv_op = define(f"fused_conv({_CALL}) -> (Tensor, Tensor)", _forward, _fake_forward)
+_conv_backward_op = define(
+    f"fused_conv_backward({_CALL}, bool through_tail, Tensor? dy, Tensor? d_new) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+_first_back = first_order(_conv_backward_op, "short_conv has no second derivative on this backend: use backend='torch'")
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, d_new: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, tail, cu_seqlens = ctx.saved_tensors
-    through_tail = tail is not None and ctx.needs_input_grad[3]
-    dx, dweight, dbias, d_tail = _conv_backward_op(x, weight, bias, tail, cu_seqlens, ctx.silu, through_tail, dy, d_new)
-    return dx, dweight, None if bias is None else dbias, d_tail if through_tail else None, None, None
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*arguments[:5])
+        ctx.silu = arguments[5]
+        ctx.set_materialize_grads(False)
+        output: tuple[Tensor, Tensor] = without_gradient(_conv_op, arguments)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        through_tail = inputs[3] is not None and ctx.needs_input_grad[3]
+        dx, dweight, dbias, d_tail = _first_back(*inputs, ctx.silu, through_tail, *d_outputs)
+        return dx, dweight, None if inputs[2] is None else dbias, d_tail if through_tail else None, None, None
 
 
-_conv_op.register_autograd(_differentiate, setup_context=_setup_context)
+differentiate(_conv_op, _Conv, 4)

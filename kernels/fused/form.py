@@ -51,6 +51,11 @@ class Form(NamedTuple):
         return self.decay > 0 or self.erase
 
     @property
+    def plain(self) -> bool:
+        """Whether states meet queries and keys as they were given: nothing fades, nothing is brought to unit length."""
+        return not self.decays and not self.qk_norm
+
+    @property
     def kept(self) -> torch.dtype:
         """What scratch memory and kept states are of: fp16's range is too small for a state."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32

@@ -67,10 +67,11 @@ def plan(form: Form, save: bool) -> Plan:
         "BV": cut.scan_v,
         "DECAYS": form.decays,
         "CORRECT": form.correct > 0,
+        "PLAIN": form.plain,
         "SAVE": save,
         "STAGES": cut.scan_stages,
     }
-    numbers = {**window(0, span), **sizes(form, "T", "HV", "K", "V")}
+    numbers = {"scale": form.scale, **window(0, span), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
     scan = Launch(scan_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages))
     return Plan(cut.block, span, windows, ahead, scan)
@@ -90,7 +91,7 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], save: bool) -
         readouts[found["rows"], :, : form.V] = call.o_mean
     return {
         **found,
-        **new_blocks(call.q, form, C, blocks),
+        **new_blocks(call, form, C, blocks),
         # Where nothing is corrected U is N, which the backward pass reads.
         "U": news if save and not form.correct else states.new_empty(blocks, form.HV, C, form.V),
         "X": inverses if form.correct else None,

@@ -124,8 +124,9 @@ def prepare_kernel(
             if DECAY == 1:
                 qt, ek, kt = qt * up_s, ek * ux_s, kt * down_s
                 tl.store(total + slot * K + kc, exponential(last, MODE) + tl.zeros((D,), tl.float32), mask=k_ok)
-            tl.store(qE + ck_at, qt, mask=ck_ok)
-            tl.store(kZ + ck_at, kt, mask=ck_ok)
+            if DECAY == 1 or NORM:  # else the scans read queries and keys as they are
+                tl.store(qE + ck_at, qt, mask=ck_ok)
+                tl.store(kZ + ck_at, kt, mask=ck_ok)
             if CORRECT > 0:
                 tl.store(W + ck_at, ek, mask=ck_ok)
 

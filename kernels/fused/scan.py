@@ -1,7 +1,8 @@
 """The serial part of the forward pass: the state goes through the prepared blocks of a window.
 
 `N = U - W S`, `O = (q exp(G)) S + P N`, `S <- exp(G_last) S + (k exp(G_last - G))^T N`. The state is held
-as `S^T [V, K]`: then a row of every product belongs to a row of S^T, and no warp needs another's part.
+as `S^T [V, K]`: then a row of every product belongs to a row of S^T, and no warp needs another's part. Where nothing
+fades (PLAIN), qE and kZ are the queries and keys themselves.
 
 With a content gate a window is one content chunk, and ends in the mean of its outputs, which the next chunk reads.
 
@@ -20,14 +21,16 @@ from hybridzoo.kernels.fused.tile import mm
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def scan_kernel(
     W, U, qE, kZ, P, total, S0, sum0, mean0, count0, cu, o, S1, sum1, mean1, states, news, readouts, rows,
-    T, first, count, origin, span, HV, K, V,
+    T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
-    CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
+    PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, value head and part of its value channels; it leaves the state where the next window is
     to find it."""
     head, part = tl.program_id(0), tl.program_id(1)
     n, hv = head // HV, head % HV
+    h = hv // (HV // H)
     start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
     begin, end = grid_ends(seen, length, C)
     lo, hi = tl.maximum(first, begin), tl.minimum(first + count, end)
@@ -44,26 +47,34 @@ def scan_kernel(
     for at in tl.range(lo, hi, num_stages=STAGES):
         slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
         kept = (base + at - begin).to(tl.int64) * HV + hv
-        kT_at = (slot * C + i[None, :]) * K + kc[:, None]
+        place = at * C - seen + i
+        ok = (place >= 0) & (place < length)
+        row = slot * C + i
+        key_row, key_ok = row, i >= 0
+        if PLAIN:
+            key_row, key_ok = (start + place).to(tl.int64) * H + h, ok
+        kT_at, kT_ok = key_row[None, :] * K + kc[:, None], key_ok[None, :] & k_ok[:, None]
         u_at = ((kept if SAVE and not CORRECT else slot) * C + i[None, :]) * V + vc[:, None]
         if SAVE:
             tl.store(states + kept * K * V + vk_at, S, mask=vk_ok)
         N = tl.load(U + u_at, mask=v_ok[:, None], other=0.0).to(tl.float32)
         if CORRECT:
-            N -= mm(S, tl.load(W + kT_at, mask=k_ok[:, None], other=0.0), MODE)
-        out = mm(S, tl.load(qE + kT_at, mask=k_ok[:, None], other=0.0), MODE)
+            N -= mm(S, tl.load(W + row[None, :] * K + kc[:, None], mask=k_ok[:, None], other=0.0), MODE)
+        out = mm(S, tl.load(qE + kT_at, mask=kT_ok, other=0.0), MODE)
+        if PLAIN:
+            out = out * scale
         out += mm(N, tl.load(P + (slot * C + i[None, :]) * C + i[:, None]), MODE)
-        place = at * C - seen + i
         tl.store(
             o + ((start + place)[None, :].to(tl.int64) * HV + hv) * V + vc[:, None],
             out,
-            mask=((place >= 0) & (place < length))[None, :] & v_ok[:, None],
+            mask=ok[None, :] & v_ok[:, None],
         )
         if SAVE and CORRECT:
             tl.store(news + (kept * C + i[None, :]) * V + vc[:, None], N, mask=v_ok[:, None])
         if DECAYS:
             S = S * tl.load(total + slot * K + kc, mask=k_ok, other=0.0)[None, :]
-        S += mm(N, tl.load(kZ + (slot * C + i[:, None]) * K + kc[None, :], mask=k_ok[None, :], other=0.0), MODE)
+        kZ_at, kZ_ok = key_row[:, None] * K + kc[None, :], key_ok[:, None] & k_ok[None, :]
+        S += mm(N, tl.load(kZ + kZ_at, mask=kZ_ok, other=0.0), MODE)
         if CONTENT > 0:
             o_sum += tl.sum(out, 1)
     tl.store(S1 + ends_at, S, mask=vk_ok)

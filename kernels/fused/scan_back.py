@@ -21,14 +21,16 @@ from hybridzoo.kernels.fused.tile import mm
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def scan_back_kernel(
     W, qE, kZ, P, total, down, up, rows, slopes, du_blocks, do, dS1, dsum1, dmean1, count0, cu,
-    dS0, dstates, dnews, d_sum, du_rows, T, first, count, origin, span, HV, K, V,
+    dS0, dstates, dnews, d_sum, du_rows, T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, DECAYS: tl.constexpr,
-    CORRECT: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
+    CORRECT: tl.constexpr, PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, value head and part of its value channels; it leaves the state's gradient where the next
     window is to find it."""
     head, part = tl.program_id(0), tl.program_id(1)
     n, hv = head // HV, head % HV
+    h = hv // (HV // H)
     start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
     begin, end = grid_ends(seen, length, C)
     lo, hi = tl.maximum(first, begin), tl.minimum(first + count, end)
@@ -68,18 +70,27 @@ def scan_back_kernel(
         slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
         tl.store(dstates + slot * K * V + vk_at, dS, mask=vk_ok)
         place = at * C - seen + i
-        ok = ((place >= 0) & (place < length))[None, :] & v_ok[:, None]
-        dO = tl.load(do + ((start + place)[None, :].to(tl.int64) * HV + hv) * V + vc[:, None], mask=ok, other=0.0)
+        ok = (place >= 0) & (place < length)
+        row = slot * C + i
+        key_row, key_ok = row, i >= 0
+        if PLAIN:
+            key_row, key_ok = (start + place).to(tl.int64) * H + h, ok
+        vc_ok = ok[None, :] & v_ok[:, None]
+        dO = tl.load(do + ((start + place)[None, :].to(tl.int64) * HV + hv) * V + vc[:, None], mask=vc_ok, other=0.0)
         if CONTENT > 0:
-            dO = tl.where(ok, dO.to(tl.float32) + shared[:, None], 0.0)
-        ck_at = (slot * C + i[:, None]) * K + kc[None, :]
+            dO = tl.where(vc_ok, dO.to(tl.float32) + shared[:, None], 0.0)
         dN = mm(dO, tl.load(P + (slot * C + i[:, None]) * C + i[None, :]), MODE)
-        kT = tl.load(kZ + (slot * C + i[None, :]) * K + kc[:, None], mask=k_ok[:, None], other=0.0)
+        kT_at, kT_ok = key_row[None, :] * K + kc[:, None], key_ok[None, :] & k_ok[:, None]
+        kT = tl.load(kZ + kT_at, mask=kT_ok, other=0.0)
         dN += mm(dS, kT, MODE)
         tl.store(dnews + (slot * C + i[None, :]) * V + vc[:, None], dN, mask=v_ok[:, None])
         if DECAYS:
             dS = dS * tl.load(total + slot * K + kc, mask=k_ok, other=0.0)[None, :]
-        dS += mm(dO, tl.load(qE + ck_at, mask=k_ok[None, :], other=0.0), MODE)
+        q_at, q_ok = key_row[:, None] * K + kc[None, :], key_ok[:, None] & k_ok[None, :]
+        d_read = mm(dO, tl.load(qE + q_at, mask=q_ok, other=0.0), MODE)
+        if PLAIN:
+            d_read = d_read * scale
+        dS += d_read
         if CORRECT:
-            dS -= mm(dN, tl.load(W + ck_at, mask=k_ok[None, :], other=0.0), MODE)
+            dS -= mm(dN, tl.load(W + row[:, None] * K + kc[None, :], mask=k_ok[None, :], other=0.0), MODE)
     tl.store(dS0 + ends_at, dS, mask=vk_ok)

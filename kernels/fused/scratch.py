@@ -45,16 +45,16 @@ def window_blocks(form: Form, C: int, span: int) -> int:
     return n_blocks(form, C) if form.packed and not form.chunk else form.N * span
 
 
-def new_blocks(like: Tensor, form: Form, C: int, blocks: int) -> Tensors:
+def new_blocks(call: Call, form: Form, C: int, blocks: int) -> Tensors:
     """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`."""
 
     def new(*shape: int, dtype: torch.dtype = form.kept) -> Tensor:
-        return like.new_empty(blocks, form.HV, *shape, dtype=dtype)
+        return call.q.new_empty(blocks, form.HV, *shape, dtype=dtype)
 
     return {
         "W": new(C, form.K) if form.correct else None,
-        "qE": new(C, form.K),
-        "kZ": new(C, form.K),
+        "qE": call.q if form.plain else new(C, form.K),
+        "kZ": call.k if form.plain else new(C, form.K),
         "P": new(C, C),
         "total": new(form.K, dtype=torch.float32) if form.decays else None,
     }

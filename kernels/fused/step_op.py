@@ -21,7 +21,8 @@ from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.form import dtypes_of, kind
 from hybridzoo.kernels.fused.launch import FLOOR, Launch
-from hybridzoo.kernels.recurrence_op import STATE, TOKENS, define, dense_like
+from hybridzoo.kernels.operators import define, dense_like
+from hybridzoo.kernels.recurrence_op import STATE, TOKENS
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 REGISTERS = 64  # of a thread, what the kernel needs without spilling

@@ -40,6 +40,7 @@ SHIPPED = [
     *((row, "128", torch.float16) for row in ROWS),
     *((row, "128", torch.bfloat16) for row in ABLATIONS),
 ]
+LONG = [*((row, 4097) for row in ROWS), *((row, 65_536) for row in ("gla", "mamba2", "gdn2", "carve"))]
 DRAWS = 20
 
 
@@ -86,9 +87,7 @@ def test_every_row_of_flags_is_the_recurrence_forward_and_backward(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    "row, T", [*((row, 4097) for row in ROWS), *((row, 65_536) for row in ("gla", "mamba2", "gdn2", "carve"))]
-)
+@pytest.mark.parametrize("row, T", LONG)
 @pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
 def test_it_stays_so_over_long_sequences(row: str, T: int, record_property: Any) -> None:
     words = {"T": T, "B": 1} if T > 5000 else {"lengths": [T - 1000, 0, 1000]}
