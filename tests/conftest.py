@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,11 @@ class _Record:
         self.path = path
         self.found: dict[str, dict[str, float]] = {}
         self.failed: set[str] = set()
+        self.written = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if time.monotonic() > self.written + 20:  # a run may be killed
+            self.write()
         name = report.nodeid.partition("tests/")[2]
         if report.failed:
             self.failed.add(name)
@@ -48,15 +52,22 @@ class _Record:
             self.found[name] = {n: float(f"{x:.1e}") for n, x in errors.items()}
 
     def pytest_sessionfinish(self) -> None:
+        self.write()
+
+    def write(self) -> None:
+        self.written = time.monotonic()
         if not self.found:
             return
         from importlib.metadata import version
+
+        import torch
 
         from hybridzoo import kernels
         from hybridzoo.kernels.source import folder_digest
         from hybridzoo.studies.environment import environment
 
-        made = {**environment("cuda"), "triton": version("triton")}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        made = {**environment(device), "triton": version("triton")}
         digest = folder_digest(Path(kernels.__file__).parent)
         passed, failed = self.found, self.failed
         if self.path.exists() and (before := json.loads(self.path.read_text(encoding="utf-8")))["kernels"] == digest:

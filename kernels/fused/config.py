@@ -89,7 +89,7 @@ def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, c
         scan_stages=(2 if block == 32 else 3) if narrow else 1,
         apart=channels,
         states_k=min(K, 64 if narrow else 32),
-        states_v=min(V, (128 if block == 32 else 64) if narrow else 32),
+        states_v=min(V, (128 if block == 32 and max(K, V) <= 128 else 64) if narrow else 32),
         states_warps=4 if block == 32 else 2,
         pairs_k=min(K, 16 if block == 32 else 32),
         pairs_mine=min(K, 32) if content else K,  # few blocks in a window: more programs
