@@ -66,7 +66,8 @@ def gated_delta_rule(
         write: `w`, `[B, T, HV]` or `[B, T, HV, V]`.
         predict: which state the correction reads.
         scale: `1/sqrt(K)` unless given.
-        qk_l2norm: replace q and k by `x * rsqrt(sum x^2 + 1e-6)` first.
+        qk_l2norm: replace q and k by `x * rsqrt(sum x^2 + 1e-6)` first. `triton` reads its gradient off the outputs:
+            they must not be written in place before the backward pass.
         state: where the sequences stand; fresh when None.
         cu_seqlens: int `[N+1]`: N sequences packed into one row (B = 1), each with its own state.
         erase_value: `[B, T, HV, V]`, logits of an erase mask over value channels; `reference` only.

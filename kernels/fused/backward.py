@@ -20,7 +20,7 @@ from torch import Tensor
 from hybridzoo.kernels.fused.config import Cuts, cuts_of, options, power
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.gradients import gradients_kernel
-from hybridzoo.kernels.fused.launch import Launch, cuts, flags, on_device, sizes, window
+from hybridzoo.kernels.fused.launch import Launch, common, flags, on_device, sizes, window
 from hybridzoo.kernels.fused.room import n_chunks, n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
 from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, rank, window_blocks
@@ -70,7 +70,7 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
             for step in gradients:
                 step(**place)
         if form.chunk:
-            d_down, d_up, d_sum, d_mean = _content_gradients(call, found)
+            d_down, d_up, d_sum, d_mean = _content_gradients(call, found, the.span)
         else:
             d_down, d_up, d_sum, d_mean = None, None, torch.empty_like(call.o_sum), torch.empty_like(call.o_mean)
         return [
@@ -90,7 +90,7 @@ def plan(form: Form) -> Plan:
     if form.chunk:
         span, windows = form.chunk // cut.block, n_chunks(form)
         if not form.packed:
-            in_piece = -(-windows // form.segments) if form.segments else CHUNKS
+            in_piece = -(-windows // form.segments) if form.segments else min(CHUNKS, windows)
     else:
         pieces = 1
         if not form.packed:  # else a sequence's length is data
@@ -105,7 +105,7 @@ def plan(form: Form) -> Plan:
 
 def _scan_back(form: Form, cut: Cuts) -> Launch:
     constants = {
-        **cuts(form),
+        **common(form),
         **rank(form),
         "C": cut.block,
         "BK": power(form.K),
@@ -117,7 +117,7 @@ def _scan_back(form: Form, cut: Cuts) -> Launch:
     }
     numbers = {"scale": form.scale, **window(0, 0), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
-    return Launch(scan_back_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages))
+    return Launch(scan_back_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages), form.dtypes)
 
 
 def _gradients(form: Form, cut: Cuts, blocks: int, of_states: bool, of_pairs: bool) -> Launch:
@@ -139,7 +139,7 @@ def _gradients(form: Form, cut: Cuts, blocks: int, of_states: bool, of_pairs: bo
     }
     numbers = {"scale": form.scale, **window(0, 0), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (blocks * (power(form.K) // mine), form.HV)
-    return Launch(gradients_kernel, grid, numbers, constants, options(warps))
+    return Launch(gradients_kernel, grid, numbers, constants, options(warps), form.dtypes)
 
 
 def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | None, d_results: Results) -> Tensors:
@@ -180,10 +180,10 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
         "dstates": new(form.V, form.K),
         "dnews": new(C, form.V),
         # What the first step of the gradients leaves for the second, some of it where it was prepared.
-        "d_qE": made["qE"],
-        "d_kZ": made["kZ"],
-        "d_eE": made["W"],
-        "d_total": made["total"],
+        "d_qE": made["qE"] if cut.apart else None,
+        "d_kZ": made["kZ"] if cut.apart else None,
+        "d_eE": made["W"] if cut.apart else None,
+        "d_total": made["total"] if cut.apart else None,
         "dP": new(C, C) if cut.apart else None,
         "dA": new(C, C) if cut.apart and form.correct else None,
         "along": new(2, C, dtype=torch.float32) if cut.apart and form.qk_norm else None,
@@ -226,12 +226,12 @@ def new_content(call: Call, form: Form, the: Plan, readouts: Tensor) -> Tensors:
     }
 
 
-def _content_gradients(call: Call, found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _content_gradients(call: Call, found: dict[str, Any], span: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the content pair, and of the sum and the mean that the call started from."""
     assert call.down is not None
     assert call.up is not None
     means, du, rows = found["readouts"][..., : call.v.shape[3]], found["du_rows"], found["rows"]
-    du[rows] = found["du_blocks"].unflatten(0, (call.S.shape[0], -1)).sum(1)  # the first chunk's, the last to be known
+    du[rows] = found["du_blocks"].unflatten(0, (-1, span)).sum(1)  # the first chunk's, the last to be known
     d_hidden = torch.einsum("hkr,nhk->nhr", call.up, du) * found["slopes"]
     lengths = call.q.shape[1] if call.cu_seqlens is None else call.cu_seqlens.diff()
     unread = (call.count + lengths < call.chunk)[:, None, None]  # no chunk was closed: the mean went through

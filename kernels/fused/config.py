@@ -1,8 +1,8 @@
 """How the Triton kernels are cut and scheduled, and what that takes of a multiprocessor. Imports no triton.
 
-The choice follows from head sizes, the content chunk and the dtype, and of the scans also from how many heads there
-are; never from a length, so that a new length compiles nothing. The test suite compiles what is chosen here and holds
-it to MOST_SHARED.
+The choice follows from head sizes, flags, the dtype, whether a gradient is to come, and how many heads there are; never
+from a length, so that a new length compiles nothing. The test suite compiles what is chosen here and holds it to
+MOST_SHARED.
 
 Shapes: K key dim, V value dim.
 """
@@ -72,8 +72,8 @@ def cuts_of(form: Form, save: bool) -> Cuts:
 def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, channels: bool) -> Cuts:
     """The cut for so many heads, `narrow` where products are of bf16, `channels` where each has a decay of its own.
 
-    Value channels are cut until the scans have a program for each of some 128 multiprocessors: three cuts, which a new
-    batch may compile.
+    Value channels are cut until the scans have a program for each of some 128 multiprocessors: up to three cuts, which
+    a new batch may compile.
     """
     K, V = power(K), power(V)
     widest = 64 if narrow else 32

@@ -9,7 +9,7 @@ No block crosses a sequence's end. Sequence n of a packing has blocks from `cu_s
 since the last of each sequence before it may be open; what is over is empty. So where a block lies follows from
 `cu_seqlens` by a search in the program, and how many blocks there may be from shapes.
 
-Device functions only. Every name in capitals is a `constexpr`, but for T, C and N.
+Kernels and device functions. Every name in capitals is a `constexpr`, but for T, C and N.
 
 Shapes: T time, C channels, W taps, N sequences, BT tokens of a block, BC channels of a program, U rows read at once.
 """

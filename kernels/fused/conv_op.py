@@ -72,6 +72,8 @@ class Form(NamedTuple):
     d_new: bool  # backward: whether the new tail has a gradient, and the old one needs one
     d_tail: bool
     dtypes: tuple[torch.dtype | None, ...]
+    block: int  # tokens of a block forward, and backward
+    block_backward: int
 
     def blocks(self, block: int) -> int:
         """How many blocks of tokens there may be; conv.py says where the blocks of a packing begin."""
@@ -97,7 +99,8 @@ def form_of(call: ConvCall, d_new: bool = False, d_tail: bool = False) -> tuple[
     }
     dtypes = dtypes_of(found.values())
     W, packed = call.weight.shape[1], call.cu_seqlens is not None
-    return Form(B, T, C, W, N, x.stride(0), call.silu, packed, d_new, d_tail, dtypes), found
+    form = Form(B, T, C, W, N, x.stride(0), call.silu, packed, d_new, d_tail, dtypes, BLOCK, BLOCK_BACKWARD)
+    return form, found
 
 
 @functools.lru_cache(maxsize=512)
@@ -105,7 +108,7 @@ def forward_launch(form: Form) -> Launch:
     """The kernel that fills contiguous `y [B, T, C]` and `new_tail [N, C, W-1]`."""
     from hybridzoo.kernels.fused.conv import conv_kernel
 
-    return _launch(conv_kernel, form, BLOCK, AT_ONCE)
+    return _launch(conv_kernel, form, form.block, AT_ONCE)
 
 
 @functools.lru_cache(maxsize=512)
@@ -118,15 +121,12 @@ def backward_launch(form: Form) -> Launch:
     from hybridzoo.kernels.fused.conv import conv_backward_kernel
 
     few = form.W <= 4
-    launch = _launch(
-        conv_backward_kernel, form, BLOCK_BACKWARD, AT_ONCE_BACKWARD if few else AT_ONCE_BACKWARD_PAST_4_TAPS
-    )
-    if few and not form.d_new and not form.d_tail:
-        launch.options["maxnreg"] = REGISTERS_BACKWARD
-    return launch
+    at_once = AT_ONCE_BACKWARD if few else AT_ONCE_BACKWARD_PAST_4_TAPS
+    registers = REGISTERS_BACKWARD if few and not form.d_new and not form.d_tail else None
+    return _launch(conv_backward_kernel, form, form.block_backward, at_once, registers)
 
 
-def _launch(kernel: Any, form: Form, block: int, at_once: int) -> Launch:
+def _launch(kernel: Any, form: Form, block: int, at_once: int, registers: int | None = None) -> Launch:
     channels = min(CHANNELS, max(16, 1 << (form.C - 1).bit_length()))
     numbers = {
         "x_row": form.x_row,
@@ -144,7 +144,10 @@ def _launch(kernel: Any, form: Form, block: int, at_once: int) -> Launch:
         "BC": channels,
         "U": at_once,
     }
-    return Launch(kernel, (form.blocks(block) * -(-form.C // channels), 1), numbers, constants, options(WARPS))
+    grid = (form.blocks(block) * -(-form.C // channels), 1)
+    schedule = options(WARPS) if registers is None else {**options(WARPS), "maxnreg": registers}
+    # Which gradients there are decides, as dtypes do, what is compiled.
+    return Launch(kernel, grid, numbers, constants, schedule, (*form.dtypes, form.d_new, form.d_tail))
 
 
 def _new_tail(call: ConvCall) -> Tensor:
@@ -188,7 +191,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy = torch.zeros_like(dx) if dy is None else dy.contiguous()
     d_new = None if d_new is None else d_new.contiguous()
     form, found = form_of(call, d_new is not None, through_tail)
-    parts = dx.new_empty(form.blocks(BLOCK_BACKWARD), form.W + (call.bias is not None), form.C, dtype=torch.float32)
+    parts = dx.new_empty(
+        form.blocks(form.block_backward), form.W + (call.bias is not None), form.C, dtype=torch.float32
+    )
     given = {"dy": dy, "d_new": d_new, "dx": dx, "d_tail": d_tail if through_tail else None, "parts": parts}
     backward_launch(form).start(dx.device, {**found, **given})
     total = parts.sum(0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.fused.config import cuts_of, options, power
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import Launch, cuts, on_device, sizes, window
+from hybridzoo.kernels.fused.launch import Launch, common, on_device, sizes, window
 from hybridzoo.kernels.fused.room import n_chunks, n_rows
 from hybridzoo.kernels.fused.scan import scan_kernel
 from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, window_blocks
@@ -61,7 +61,7 @@ def plan(form: Form, save: bool) -> Plan:
         span, windows = form.chunk // cut.block, n_chunks(form)
     ahead = prepare(form, cut, span, keep=save, again=False)
     constants = {
-        **cuts(form),
+        **common(form),
         "C": cut.block,
         "BK": power(form.K),
         "BV": cut.scan_v,
@@ -73,7 +73,7 @@ def plan(form: Form, save: bool) -> Plan:
     }
     numbers = {"scale": form.scale, **window(0, span), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
-    scan = Launch(scan_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages))
+    scan = Launch(scan_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages), form.dtypes)
     return Plan(cut.block, span, windows, ahead, scan)
 
 

@@ -3,13 +3,13 @@
     R^ = X^T N^ = (w v)^            P^ = O^ N^T (j <= i)        A^ = -R^ N^T (j < i)
     (q E)^ = O^ S^T                 (k Z)^ = N dS^T             (e k E')^ = -R^ S^T
 
-In two steps, the upper ones and then those of pairs of tokens and of decays. Without decays of channels one launch does
-both; with them it would hold too much, and two launches do one each, through scratch memory.
+In two steps: these, from states; then those of queries, keys and gates, through pairs of tokens. Without decays of
+channels one launch does both; with them it would hold too much, and two launches do one each, through scratch memory.
 
-A program takes some of the key channels: P^ and A^, which are small, are made by each of a block's programs, and what
-is a sum over all channels is left in parts. Only unit lengths need such a sum before they can go on, and theirs is
-there without the keys: outputs are linear in the query, `q q^ = o o^`, and what a key writes and predicts is linear in
-it, `k k^ = N R^ + (N - w v) R^`.
+A program takes some of the key channels: P^ and A^, which are small, are made by each program of a block that takes the
+first step, and what is a sum over all channels is left in parts. Only unit lengths need such a sum before they can go
+on, and theirs is there without the keys: outputs are linear in the query, `q q^ = o o^`, and what a key writes and
+predicts is linear in it, `k k^ = N R^ + (N - w v) R^`.
 
 Every exponent is a sum of log-decays from one place to another, and a token's gradient the sum of what crosses it. A
 scalar decay's is taken so, from pairs of tokens. Of a channel's, a place's share is `q q^ + (e k)(e k)^ - k k^`, and a
@@ -163,11 +163,12 @@ def through_pairs(
     i = tl.arange(0, C)
     r, c = i[:, None], i[None, :]
     token_at = (pos.to(tl.int64) * HV + hv) * PARTS + part
-    qt = load(q, pos, h, H, K, kc, ok, k_ok) * scale
+    unit_q = load(q, pos, h, H, K, kc, ok, k_ok)
     kt = load(k, pos, h, H, K, kc, ok, k_ok)
     if NORM:
-        qt = qt * rq[:, None]
+        unit_q = unit_q * rq[:, None]
         kt = kt * rk[:, None]
+    qt = unit_q * scale
     ek = kt
     if CORRECT == 1:
         ec = load1(e, pos, hv, HV, ok)[:, None]
@@ -241,7 +242,7 @@ def through_pairs(
         dkt += ec * dek
     dqt = dqt * scale
     if NORM:
-        dqt = rq[:, None] * (dqt - qt * (along_q[:, None] / scale))
+        dqt = rq[:, None] * (dqt - unit_q * along_q[:, None])
         dkt = rk[:, None] * (dkt - kt * along_k[:, None])
     store(dq, dqt, pos, hv, HV, K, kc, ok, k_ok)
     store(dk, dkt, pos, hv, HV, K, kc, ok, k_ok)

@@ -24,12 +24,16 @@ MODES = {
 }
 
 
+# What was compiled, by all that Triton compiles a kernel anew for: a new length compiles nothing.
+_compiled: dict[Any, Any] = {}
+
+
 class Launch:
     """A kernel, the numbers and constants that it is started with, and the compiler's options.
 
-    Its other arguments are tensors, whose dtypes must be the same each time: what is made of one form of call is kept
-    for it, and a length or number of its own means a Launch of its own. Triton takes 50 microseconds to see that it has
-    compiled a kernel before, and a quarter of that to start one that it is handed; a small call waits for that.
+    Its other arguments are tensors. `kinds` says of what dtypes they are and which are None, or what decides it: each
+    time the same. Triton takes 50 microseconds to see that it has compiled a kernel before, and a quarter of that to
+    start one that it is handed; a small call waits for that.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Launch:
         numbers: Mapping[str, float],
         constants: Mapping[str, Any],
         options: Mapping[str, int],
+        kinds: tuple[Any, ...],
     ) -> None:
         self.kernel, self.grid = kernel, grid
         self.numbers, self.constants, self.options = dict(numbers), dict(constants), dict(options)
@@ -47,8 +52,10 @@ class Launch:
         self._values: list[Any] = [given.get(name) for name in names]
         self._order = {name: i for i, name in enumerate(names)}
         self._tensors = [(i, name) for i, name in enumerate(names) if name not in given]
-        # By device, and what Triton compiles anew for: where tensors lie within 16 bytes.
-        self._made: dict[Any, Callable[..., None]] = {}
+        parameters = getattr(kernel, "params", ())  # the interpreter, which compiles nothing, has none
+        seen = [_as_seen(numbers[x.name]) for x in parameters if x.name in numbers and not x.do_not_specialize]
+        self._key = (id(kernel), *self.constants.values(), *self.options.values(), *seen, kinds)
+        self._runs: dict[Any, Callable[..., None]] = {}  # by device, and where tensors lie within 16 bytes
 
     def start(self, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
         """Queue the kernel on `device`, which need not be the current one."""
@@ -59,7 +66,7 @@ class Launch:
         """Return a function that queues the kernel on the current device, as often as it is called.
 
         `tensors` holds at least those of the kernel's arguments, by name. What the function is called with, numbers and
-        tensors of the same kind, replaces arguments from then on.
+        tensors that are aligned as well as those before, replaces arguments from then on.
         """
         key: Any
         values, low = self._values.copy(), 0
@@ -77,16 +84,25 @@ class Launch:
         def start(**changes: Any) -> None:
             for name, x in changes.items():
                 values[self._order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
-            if (run := self._made.get(key)) is not None:
+            if (run := self._runs.get(key)) is not None:
                 run(*values, stream=stream)
+                return
+            if (made := _compiled.get((self._key, key))) is not None:
+                self._runs[key] = made[(*self.grid, 1)]
+                start(**changes)
                 return
             if not given:
                 given.update({name: tensors[name] for _, name in self._tensors}, **self.numbers, **self.constants)
             given.update(changes)
             if (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
-                self._made[key] = made[(*self.grid, 1)]
+                _compiled[self._key, key] = made
 
         return start if 0 not in self.grid else _nothing
+
+
+def _as_seen(x: float) -> Any:
+    """What Triton compiles anew for in a number."""
+    return (x == 1, x % 16 == 0, x >= 2**31) if isinstance(x, int) else float
 
 
 def _nothing(**changes: Any) -> None:
@@ -99,7 +115,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def flags(form: Form) -> dict[str, Any]:
-    """What the compiler knows of a call in every kernel that reads its gates."""
+    """What the compiler knows of a call in kernels that read its gates; of writing only where it is read."""
     return {
         "DECAY": form.decay,
         "ERASE": form.erase,
@@ -107,11 +123,11 @@ def flags(form: Form) -> dict[str, Any]:
         "STORED": form.stored,
         "NORM": form.qk_norm,
         "FLOOR": FLOOR,
-        **cuts(form),
+        **common(form),
     }
 
 
-def cuts(form: Form) -> dict[str, Any]:
+def common(form: Form) -> dict[str, Any]:
     """What the compiler knows of a call in every kernel: how sequences are cut, and the precision of products."""
     return {"CONTENT": form.chunk, "VARLEN": form.packed, "MODE": MODES[form.dtype][0]}
 

@@ -1,6 +1,7 @@
 """The serial part of the backward pass: the gradient of the state goes back through the prepared blocks of a window.
 
 `N^ = P^T O^ + (k exp(G_last - G)) S^`, `S^ <- exp(G_last) S^ + (q exp(G))^T O^ - W^T N^`, held as `S^T [V, K]`.
+qE and kZ are as in scan.py.
 
 With a content gate every output of a chunk has a share in the mean that the next chunk reads: once that chunk's
 gradients are known, so is what is added to this one's.

@@ -79,7 +79,7 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
     }
     numbers = {"scale": form.scale, **window(0, span), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (window_blocks(form, cuts.block, span), form.HV)
-    return Launch(prepare_kernel, grid, numbers, constants, options(cuts.prepare_warps))
+    return Launch(prepare_kernel, grid, numbers, constants, options(cuts.prepare_warps), form.dtypes)
 
 
 def rank(form: Form) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The kernel of decoding: one token of every sequence, the state read once and written once.
+"""The kernels of decoding: one token of every sequence, the state read once and written once.
 
 Written as the recurrence stands, with no product of matrices: what takes time is moving the state. All arithmetic is in
 float32.

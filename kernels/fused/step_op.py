@@ -154,14 +154,14 @@ def _launches(
     }
     numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}
     schedule = {**options(config.num_warps), "maxnreg": REGISTERS}
-    step = Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule)
+    step = Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule, dtypes)
     if pair is None:
         return [step]
     rank, down_head, up_head = pair
     numbers = {"HV": HV, "K": K, "V": V, "down_head": down_head, "up_head": up_head}
     constants = {"BK": power(K), "BV": power(V), "BR": power(rank), "RANK": rank}
     warps = min(8, max(1, power(rank) * power(max(K, V)) // 1024))  # 32 numbers of each matrix a thread
-    return [Launch(readout_kernel, (N * HV, 1), numbers, constants, options(warps)), step]
+    return [Launch(readout_kernel, (N * HV, 1), numbers, constants, options(warps), dtypes), step]
 
 
 def step_config(K: int, V: int) -> StepConfig:

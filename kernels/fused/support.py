@@ -18,6 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE = 16  # tokens; head sizes and content chunks are multiples of it
 MAX_HEAD = 256
 MAX_RANK = 64
+OLDEST_TRITON = (3, 6)  # what the kernels were checked with
 
 
 def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
@@ -44,9 +45,13 @@ def device_refusal(kind: str, index: int | None) -> str | None:
 @functools.cache
 def _known_refusal(kind: str, index: int | None) -> str | None:
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ImportError as error:
         return f"needs the package triton, which cannot be imported ({error}): use backend='torch'"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return (
+            f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {triton.__version__}: use backend='torch'"
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if kind == "cpu":

@@ -80,7 +80,7 @@ def test_a_shipped_configuration_compiles_without_a_spill(
     call = conv_op.ConvCall(x, empty(C, W), empty(C) if bias else None, tail if tails else None, cu_seqlens, silu=True)
     form, found = conv_op.form_of(call, d_new=tails, d_tail=tails)
     given = tail if tails else None
-    parts = empty(form.blocks(conv_op.BLOCK_BACKWARD), W + bias, C, dtype=torch.float32)
+    parts = empty(form.blocks(form.block_backward), W + bias, C, dtype=torch.float32)
     found |= {"y": x, "new_tail": tail, "dy": x, "d_new": given, "dx": x, "d_tail": given, "parts": parts}
     for launch in (conv_op.forward_launch(form), conv_op.backward_launch(form)):
         takes = usage(launch, found, capability)

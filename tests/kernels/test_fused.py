@@ -132,6 +132,20 @@ def test_a_machine_without_triton_runs_everything_else() -> None:
     assert "backend='triton' needs the package triton, which cannot be imported" in out
 
 
+def test_a_triton_older_than_was_checked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from hybridzoo.kernels.fused import support
+
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    support._known_refusal.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"needs triton 3\.6 or later, got 3\.5\.1: use backend='torch'"):
+            gated_delta_rule(**_call(), backend="triton")
+    finally:
+        support._known_refusal.cache_clear()
+
+
 def test_the_operators_come_with_a_formula_for_their_flops() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

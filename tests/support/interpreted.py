@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one repeated key, corrections of 2": {"decay": "none", "repeat_keys": True, "e_max": 2.0},
     "one token": {"T": 1, "erase": "content", "chunk": 16, "predict": "stored"},
     "no token": {"T": 0, "erase": "content", "chunk": 16},
+    "no row": {"B": 0, "T": 20, "erase": "content", "chunk": 16},
     "sequences without a token": {"lengths": [0, 0], "erase": "content", "chunk": 16},
 }
 
@@ -142,6 +143,15 @@ def queries_and_keys_are_brought_to_unit_length_and_the_gradient_goes_through() 
         case.tensors["k"] = 3 * case.tensors["k"]
         case.options["qk_l2norm"] = True
         assert max(errors(case).values()) < 1e-5
+
+
+@check
+def a_scale_of_zero_has_a_gradient_with_unit_queries() -> None:
+    case = problem(T=20)
+    case.options |= {"qk_l2norm": True, "scale": 0.0}
+    results = case.results("triton")
+    assert not results["o"].any()
+    assert not results["d_q"].any()
 
 
 @check
