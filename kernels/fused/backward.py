@@ -14,16 +14,15 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from hybridzoo.kernels.fused.config import Cuts, cuts_of, options, power
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.gradients import gradients_kernel
-from hybridzoo.kernels.fused.launch import Launch, common, flags, on_device, sizes, window
+from hybridzoo.kernels.fused.launch import Launch, flags, numbers, on_device, window
 from hybridzoo.kernels.fused.room import n_chunks, n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
-from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, rank, window_blocks
+from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, rank, scan, window_blocks
 from hybridzoo.kernels.recurrence_op import Call
 
 MOST_PIECES = 4
@@ -100,24 +99,7 @@ def plan(form: Form) -> Plan:
     ahead = prepare(form, cut, in_piece * span, keep=True, again=True)
     steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
     gradients = [_gradients(form, cut, window_blocks(form, cut.block, span), *which) for which in steps]
-    return Plan(span, windows, in_piece, cut, ahead, _scan_back(form, cut), gradients)
-
-
-def _scan_back(form: Form, cut: Cuts) -> Launch:
-    constants = {
-        **common(form),
-        **rank(form),
-        "C": cut.block,
-        "BK": power(form.K),
-        "BV": cut.scan_v,
-        "DECAYS": form.decays,
-        "CORRECT": form.correct > 0,
-        "PLAIN": form.plain,
-        "STAGES": cut.scan_stages,
-    }
-    numbers = {"scale": form.scale, **window(0, 0), **sizes(form, "T", "H", "HV", "K", "V")}
-    grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
-    return Launch(scan_back_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages), form.dtypes)
+    return Plan(span, windows, in_piece, cut, ahead, scan(scan_back_kernel, form, cut, rank(form)), gradients)
 
 
 def _gradients(form: Form, cut: Cuts, blocks: int, of_states: bool, of_pairs: bool) -> Launch:
@@ -137,9 +119,8 @@ def _gradients(form: Form, cut: Cuts, blocks: int, of_states: bool, of_pairs: bo
         "PAIRS": of_pairs,
         "WRITE": form.write,
     }
-    numbers = {"scale": form.scale, **window(0, 0), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (blocks * (power(form.K) // mine), form.HV)
-    return Launch(gradients_kernel, grid, numbers, constants, options(warps), form.dtypes)
+    return Launch(gradients_kernel, grid, numbers(form), constants, options(warps), form.dtypes)
 
 
 def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | None, d_results: Results) -> Tensors:

@@ -13,15 +13,14 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from hybridzoo.kernels.fused.config import cuts_of, options, power
+from hybridzoo.kernels.fused.config import cuts_of
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import Launch, common, on_device, sizes, window
+from hybridzoo.kernels.fused.launch import Launch, on_device, window
 from hybridzoo.kernels.fused.room import n_chunks, n_rows
 from hybridzoo.kernels.fused.scan import scan_kernel
-from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, window_blocks
+from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, scan, window_blocks
 from hybridzoo.kernels.recurrence_op import Call
 
 
@@ -60,21 +59,7 @@ def plan(form: Form, save: bool) -> Plan:
     if form.chunk:
         span, windows = form.chunk // cut.block, n_chunks(form)
     ahead = prepare(form, cut, span, keep=save, again=False)
-    constants = {
-        **common(form),
-        "C": cut.block,
-        "BK": power(form.K),
-        "BV": cut.scan_v,
-        "DECAYS": form.decays,
-        "CORRECT": form.correct > 0,
-        "PLAIN": form.plain,
-        "SAVE": save,
-        "STAGES": cut.scan_stages,
-    }
-    numbers = {"scale": form.scale, **window(0, span), **sizes(form, "T", "H", "HV", "K", "V")}
-    grid = (form.N * form.HV, triton.cdiv(form.V, cut.scan_v))
-    scan = Launch(scan_kernel, grid, numbers, constants, options(cut.scan_warps, cut.scan_stages), form.dtypes)
-    return Plan(cut.block, span, windows, ahead, scan)
+    return Plan(cut.block, span, windows, ahead, scan(scan_kernel, form, cut, {"SAVE": save}))
 
 
 def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], save: bool) -> Tensors:

@@ -68,13 +68,13 @@ class Launch:
         `tensors` holds at least those of the kernel's arguments, by name. What the function is called with, numbers and
         tensors that are aligned as well as those before, replaces arguments from then on.
         """
-        key: Any
         values, low = self._values.copy(), 0
         for i, name in self._tensors:
             if (x := tensors[name]) is not None:
                 values[i] = address = x.data_ptr()  # which spares the launcher to ask for it
                 low |= address
-        key, stream = None, None
+        key: Any = None
+        stream = None
         if torch.cuda.is_initialized():
             key, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
         if low % 16:
@@ -132,9 +132,10 @@ def common(form: Form) -> dict[str, Any]:
     return {"CONTENT": form.chunk, "VARLEN": form.packed, "MODE": MODES[form.dtype][0]}
 
 
-def sizes(form: Form, *names: str) -> dict[str, int]:
-    """The sizes of a call by name."""
-    return {name: getattr(form, name) for name in names}
+def numbers(form: Form, span: int = 0) -> dict[str, float]:
+    """The numbers that every kernel takes; each start says its window anew."""
+    sizes = {"T": form.T, "H": form.H, "HV": form.HV, "K": form.K, "V": form.V}
+    return {"scale": form.scale, **window(0, span), **sizes}
 
 
 def window(first: int, count: int) -> dict[str, int]:

@@ -51,6 +51,21 @@ def scratch_slot(n, at, base, origin, span, CONTENT: tl.constexpr, VARLEN: tl.co
 
 
 @triton.jit
+def rows_of(at, row, start, length, seen, h, H, PLAIN: tl.constexpr, C: tl.constexpr):
+    """Block `at` of a sequence: its tokens' places `[C]` and which are tokens; rows of its queries and keys, and which.
+
+    Those are scratch memory's, `row`; with PLAIN the call's own.
+    """
+    i = tl.arange(0, C)
+    place = at * C - seen + i
+    ok = (place >= 0) & (place < length)
+    key_row, key_ok = row, i >= 0
+    if PLAIN:
+        key_row, key_ok = (start + place).to(tl.int64) * H + h, ok
+    return place, ok, key_row, key_ok
+
+
+@triton.jit
 def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
           VARLEN: tl.constexpr):  # fmt: skip
     """Block number `program` of a window: its sequence, number, positions `[C]` and which are tokens; slots; any token?

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, scratch_slot, sequence
+from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence
 from hybridzoo.kernels.fused.tile import mm
 
 
@@ -47,12 +47,8 @@ def scan_kernel(
     for at in tl.range(lo, hi, num_stages=STAGES):
         slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
         kept = (base + at - begin).to(tl.int64) * HV + hv
-        place = at * C - seen + i
-        ok = (place >= 0) & (place < length)
         row = slot * C + i
-        key_row, key_ok = row, i >= 0
-        if PLAIN:
-            key_row, key_ok = (start + place).to(tl.int64) * H + h, ok
+        place, ok, key_row, key_ok = rows_of(at, row, start, length, seen, h, H, PLAIN, C)
         kT_at, kT_ok = key_row[None, :] * K + kc[:, None], key_ok[None, :] & k_ok[:, None]
         u_at = ((kept if SAVE and not CORRECT else slot) * C + i[None, :]) * V + vc[:, None]
         if SAVE:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, scratch_slot, sequence
+from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence
 from hybridzoo.kernels.fused.tile import mm
 
 
@@ -70,12 +70,8 @@ def scan_back_kernel(
         at = lo + hi - 1 - back
         slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
         tl.store(dstates + slot * K * V + vk_at, dS, mask=vk_ok)
-        place = at * C - seen + i
-        ok = (place >= 0) & (place < length)
         row = slot * C + i
-        key_row, key_ok = row, i >= 0
-        if PLAIN:
-            key_row, key_ok = (start + place).to(tl.int64) * H + h, ok
+        place, ok, key_row, key_ok = rows_of(at, row, start, length, seen, h, H, PLAIN, C)
         vc_ok = ok[None, :] & v_ok[:, None]
         dO = tl.load(do + ((start + place)[None, :].to(tl.int64) * HV + hv) * V + vc[:, None], mask=vc_ok, other=0.0)
         if CONTENT > 0:

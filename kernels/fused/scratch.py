@@ -1,4 +1,4 @@
-"""Scratch memory of a window: what `prepare` says of its blocks, and the launch that writes it.
+"""What both passes are made of: scratch memory of a window, the launch that fills it, and that of a scan.
 
 Shapes: H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.fused.config import Cuts, options, power
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import MODES, Launch, flags, sizes, window
+from hybridzoo.kernels.fused.launch import MODES, Launch, common, flags, numbers
 from hybridzoo.kernels.fused.prepare import prepare_kernel
 from hybridzoo.kernels.fused.room import first_rows, n_blocks
 from hybridzoo.kernels.recurrence_op import Call
@@ -77,9 +77,26 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
         # Beside bf16 products one pass of tf32 is exact enough for what joins two inverses of 16.
         "MERGE": "tf32" if form.dtype == torch.bfloat16 else exact,
     }
-    numbers = {"scale": form.scale, **window(0, span), **sizes(form, "T", "H", "HV", "K", "V")}
     grid = (window_blocks(form, cuts.block, span), form.HV)
-    return Launch(prepare_kernel, grid, numbers, constants, options(cuts.prepare_warps), form.dtypes)
+    return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.dtypes)
+
+
+def scan(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
+    """The launch of a kernel that takes a window block after block, with what only this one is told."""
+    constants = {
+        **common(form),
+        "C": cuts.block,
+        "BK": power(form.K),
+        "BV": cuts.scan_v,
+        "DECAYS": form.decays,
+        "CORRECT": form.correct > 0,
+        "PLAIN": form.plain,
+        "STAGES": cuts.scan_stages,
+        **own,
+    }
+    grid = (form.N * form.HV, -(-form.V // cuts.scan_v))
+    schedule = options(cuts.scan_warps, cuts.scan_stages)
+    return Launch(kernel, grid, numbers(form), constants, schedule, form.dtypes)
 
 
 def rank(form: Form) -> dict[str, int]:
