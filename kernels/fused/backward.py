@@ -148,7 +148,6 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
     return {
         **inputs(call, form, C),
         **made,
-        "U": None,
         "X": inverses if form.correct else None,
         "readouts": readouts if form.chunk else None,
         "states": states,

@@ -59,7 +59,7 @@ def plan(form: Form, save: bool) -> Plan:
     if form.chunk:
         span, windows = form.chunk // cut.block, n_chunks(form)
     ahead = prepare(form, cut, span, keep=save, again=False)
-    return Plan(cut.block, span, windows, ahead, scan(scan_kernel, form, cut, {"SAVE": save}))
+    return Plan(cut.block, span, windows, ahead, scan(scan_kernel, form, cut, {"WRITE": form.write, "SAVE": save}))
 
 
 def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], save: bool) -> Tensors:
@@ -77,13 +77,11 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], save: bool) -
     return {
         **found,
         **new_blocks(call, form, C, blocks),
-        # Where nothing is corrected U is N, which the backward pass reads.
-        "U": news if save and not form.correct else states.new_empty(blocks, form.HV, C, form.V),
         "X": inverses if form.correct else None,
         "S0": call.S,
         "sum0": call.o_sum,
         "mean0": call.o_mean,
         "states": states,
-        "news": news if form.correct else None,
+        "news": news,
         "readouts": readouts if form.chunk else None,
     }

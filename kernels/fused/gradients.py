@@ -1,6 +1,6 @@
 """All gradients but the state's, a window at once, from the states at blocks' starts and their gradients.
 
-    R^ = X^T N^ = (w v)^            P^ = O^ N^T (j <= i)        A^ = -R^ N^T (j < i)
+    R^ = (w v)^                     P^ = O^ N^T (j <= i)        A^ = -R^ N^T (j < i)
     (q E)^ = O^ S^T                 (k Z)^ = N dS^T             (e k E')^ = -R^ S^T
 
 In two steps: these, from states; then those of queries, keys and gates, through pairs of tokens. Without decays of
@@ -68,7 +68,7 @@ def crossing(d_pairs, d_read, d_write, LATER: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def through_states(
-    v, w, states, dstates, news, dnews, X, o, do, d_sum, dv, dw, n, pos, ok, kept, slot, hv, leads, kc, k_ok, HV, K,
+    v, w, states, dstates, news, dnews, o, do, d_sum, dv, dw, n, pos, ok, kept, slot, hv, leads, kc, k_ok, HV, K,
     V,
     C: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, DV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
     WRITE: tl.constexpr, CONTENT: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr,
@@ -79,21 +79,19 @@ def through_states(
     channels `[D]`; `q q^` and `k k^` `[C]`, with NORM.
     """
     i = tl.arange(0, C)
-    r, c = i[:, None], i[None, :]
+    r = i[:, None]
     none = tl.zeros((C,), tl.float32)
     d_P, d_A = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     x_q, x_k, x_e = tl.zeros((C, D), tl.float32), tl.zeros((C, D), tl.float32), tl.zeros((C, D), tl.float32)
     d_last = tl.zeros((D,), tl.float32)
     along_q, along_k, d_w = none, none, none
-    if CORRECT > 0:
-        Xt = tl.trans(tl.load(X + (kept * C + r) * C + c))
     for d in range(0, BV, DV):
         vc = d + tl.arange(0, DV)
         v_ok = vc < V
         cv_ok = v_ok[None, :]
         vk_at = vc[:, None] * K + kc[None, :]
         vk_ok = v_ok[:, None] & k_ok[None, :]
-        dN = tl.load(dnews + (slot * C + r) * V + vc[None, :], mask=cv_ok, other=0.0)
+        dR = tl.load(dnews + (slot * C + r) * V + vc[None, :], mask=cv_ok, other=0.0).to(tl.float32)
         N = tl.load(news + (kept * C + r) * V + vc[None, :], mask=cv_ok, other=0.0)
         S = tl.load(states + kept * K * V + vk_at, mask=vk_ok, other=0.0)
         dS = tl.load(dstates + slot * K * V + vk_at, mask=vk_ok, other=0.0)
@@ -104,9 +102,7 @@ def through_states(
         d_P += mm(dO, tl.trans(N), MODE)
         x_q += mm(dO, S, MODE)
         x_k += mm(N, dS, MODE)
-        dR = dN.to(tl.float32)
         if CORRECT > 0:
-            dR = mm(Xt, dN, MODE)
             d_A -= mm(dR, tl.trans(N), MODE)
             x_e -= mm(dR, S, MODE)
         if DECAYS:
@@ -250,7 +246,7 @@ def through_pairs(
 
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def gradients_kernel(
-    q, k, v, g, z, e, w, owners, cu, count0, readouts, rows, states, dstates, news, dnews, X, o, do, d_sum,
+    q, k, v, g, z, e, w, owners, cu, count0, readouts, rows, states, dstates, news, dnews, o, do, d_sum,
     d_qE, d_kZ, d_eE, d_total, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_blocks,
     T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MINE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -306,7 +302,7 @@ def gradients_kernel(
         ck_ok = k_ok[None, :]
         if STATES:
             d_P, d_A, x_q, x_k, x_e, d_last, along_q, along_k = through_states(
-                v, w, states, dstates, news, dnews, X, o, do, d_sum, dv, dw, n, pos, ok, kept, slot, hv, d == 0, kc,
+                v, w, states, dstates, news, dnews, o, do, d_sum, dv, dw, n, pos, ok, kept, slot, hv, d == 0, kc,
                 k_ok, HV, K, V, C, D, BV, DV, DECAYS, CORRECT, WRITE, CONTENT, NORM, MODE,
             )  # fmt: skip
         else:

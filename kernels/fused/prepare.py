@@ -1,7 +1,7 @@
 """What a block of tokens does to the state, without knowing the state: all blocks of a window at once.
 
-With `X = (I + A)^-1`: `W = X (e k exp(G'))`, `U = X (w v)`, and `P`, `q exp(G)`, `k exp(G_last - G)`, `exp(G_last)`. A
-second run, for the backward pass (AGAIN), takes the X and the readout that the first one left, and leaves U out.
+`W = e k exp(G')`, `P`, `q exp(G)`, `k exp(G_last - G)`, `exp(G_last)` and `X = (I + A)^-1`. A second run, for the
+backward pass (AGAIN), takes the readout that the first one left, and leaves X out.
 
 Shapes: C slots in a block, K key dim, V value dim, D channels at a time, H key heads, HV value heads, T tokens,
 N sequences, L content chunk, r content rank.
@@ -33,10 +33,10 @@ def far(P, A, qa, ea, kb, ref, end, SPAN: tl.constexpr, CORRECTED: tl.constexpr,
 
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def prepare_kernel(
-    q, k, v, g, z, e, w, down, up, owners, cu, count0, readouts, rows,
-    W, U, qE, kZ, P, X, total, T, first, count, origin, span, scale, H, HV, K, V,
+    q, k, g, z, e, down, up, owners, cu, count0, readouts, rows,
+    W, qE, kZ, P, X, total, T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr,
     CONTENT: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr,
     MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
@@ -52,8 +52,6 @@ def prepare_kernel(
         return
     kept = kept * HV + hv
     slot = slot * HV + hv
-    x_slot = kept if KEEP or AGAIN else slot
-    u_slot = kept if KEEP and CORRECT == 0 else slot  # where nothing is corrected U is N, which the backward pass reads
     i = tl.arange(0, C)
     r, c = i[:, None], i[None, :]
     A = tl.zeros((C, C), tl.float32)
@@ -135,30 +133,6 @@ def prepare_kernel(
         if SOLVE:
             A = A * corrected
     tl.store(P + (slot * C + r) * C + c, tl.where(r >= c, Pt, 0.0))
-    if CORRECT > 0:
-        x_at = (x_slot * C + r) * C + c
-        if SOLVE:
-            Xt = inverse(tl.where(r > c, A, 0.0), EXACT, MERGE, C)
-            tl.store(X + x_at, Xt)
-        else:
-            Xt = tl.load(X + x_at).to(tl.float32)
-        tl.debug_barrier()  # W holds e k exp(G') so far, and another thread reads a place than has written it
-        for d in range(0, BK, D):
-            kc = d + tl.arange(0, D)
-            ck_at = (slot * C + r) * K + kc[None, :]
-            ck_ok = (kc < K)[None, :]
-            ek = tl.load(W + ck_at, mask=ck_ok, other=0.0)
-            tl.debug_barrier()
-            tl.store(W + ck_at, mm(Xt, ek, MODE), mask=ck_ok)
-    if not AGAIN:
-        for d in range(0, BV, D):
-            vc = d + tl.arange(0, D)
-            v_ok = vc < V
-            vt = load(v, pos, hv, HV, V, vc, ok, v_ok)
-            if WRITE == 1:
-                vt = vt * load1(w, pos, hv, HV, ok)[:, None]
-            elif WRITE == 2:
-                vt = vt * load(w, pos, hv, HV, V, vc, ok, v_ok)
-            if CORRECT > 0:
-                vt = mm(Xt, vt, MODE)
-            tl.store(U + (u_slot * C + r) * V + vc[None, :], vt, mask=v_ok[None, :])
+    if SOLVE:
+        Xt = inverse(tl.where(r > c, A, 0.0), EXACT, MERGE, C)
+        tl.store(X + ((kept if KEEP else slot) * C + r) * C + c, Xt)

@@ -1,6 +1,6 @@
 """The serial part of the forward pass: the state goes through the prepared blocks of a window.
 
-`N = U - W S`, `O = (q exp(G)) S + P N`, `S <- exp(G_last) S + (k exp(G_last - G))^T N`. The state is held
+`N = X (w v - W S)`, `O = (q exp(G)) S + P N`, `S <- exp(G_last) S + (k exp(G_last - G))^T N`. The state is held
 as `S^T [V, K]`: then a row of every product belongs to a row of S^T, and no warp needs another's part. Where nothing
 fades (PLAIN), qE and kZ are the queries and keys themselves.
 
@@ -20,11 +20,11 @@ from hybridzoo.kernels.fused.tile import mm
 
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def scan_kernel(
-    W, U, qE, kZ, P, total, S0, sum0, mean0, count0, cu, o, S1, sum1, mean1, states, news, readouts, rows,
+    v, w, W, qE, kZ, P, X, total, S0, sum0, mean0, count0, cu, o, S1, sum1, mean1, states, news, readouts, rows,
     T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
-    PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr,
-    STAGES: tl.constexpr,
+    WRITE: tl.constexpr, PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr,
+    MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, value head and part of its value channels; it leaves the state where the next window is
     to find it."""
@@ -50,22 +50,24 @@ def scan_kernel(
         row = slot * C + i
         place, ok, key_row, key_ok = rows_of(at, row, start, length, seen, h, H, PLAIN, C)
         kT_at, kT_ok = key_row[None, :] * K + kc[:, None], key_ok[None, :] & k_ok[:, None]
-        u_at = ((kept if SAVE and not CORRECT else slot) * C + i[None, :]) * V + vc[:, None]
         if SAVE:
             tl.store(states + kept * K * V + vk_at, S, mask=vk_ok)
-        N = tl.load(U + u_at, mask=v_ok[:, None], other=0.0).to(tl.float32)
+        token = (start + place).to(tl.int64) * HV + hv
+        cv_at, cv_ok = token[None, :] * V + vc[:, None], ok[None, :] & v_ok[:, None]
+        N = tl.load(v + cv_at, mask=cv_ok, other=0.0).to(tl.float32)
+        if WRITE == 1:
+            N = N * tl.load(w + token, mask=ok, other=0.0).to(tl.float32)[None, :]
+        elif WRITE == 2:
+            N = N * tl.load(w + cv_at, mask=cv_ok, other=0.0).to(tl.float32)
         if CORRECT:
             N -= mm(S, tl.load(W + row[None, :] * K + kc[:, None], mask=k_ok[:, None], other=0.0), MODE)
+            N = mm(N, tl.load(X + ((kept if SAVE else slot) * C + i[None, :]) * C + i[:, None]), MODE)
         out = mm(S, tl.load(qE + kT_at, mask=kT_ok, other=0.0), MODE)
         if PLAIN:
             out = out * scale
         out += mm(N, tl.load(P + (slot * C + i[None, :]) * C + i[:, None]), MODE)
-        tl.store(
-            o + ((start + place)[None, :].to(tl.int64) * HV + hv) * V + vc[:, None],
-            out,
-            mask=ok[None, :] & v_ok[:, None],
-        )
-        if SAVE and CORRECT:
+        tl.store(o + cv_at, out, mask=cv_ok)
+        if SAVE:
             tl.store(news + (kept * C + i[None, :]) * V + vc[:, None], N, mask=v_ok[:, None])
         if DECAYS:
             S = S * tl.load(total + slot * K + kc, mask=k_ok, other=0.0)[None, :]

@@ -1,7 +1,7 @@
 """The serial part of the backward pass: the gradient of the state goes back through the prepared blocks of a window.
 
-`N^ = P^T O^ + (k exp(G_last - G)) S^`, `S^ <- exp(G_last) S^ + (q exp(G))^T O^ - W^T N^`, held as `S^T [V, K]`.
-qE and kZ are as in scan.py.
+`N^ = P^T O^ + (k exp(G_last - G)) S^`, `R^ = X^T N^` of `R = w v - W S`, and `S^ <- exp(G_last) S^ + (q exp(G))^T O^ -
+W^T R^`, held as `S^T [V, K]`. qE and kZ are as in scan.py.
 
 With a content gate every output of a chunk has a share in the mean that the next chunk reads: once that chunk's
 gradients are known, so is what is added to this one's.
@@ -21,7 +21,7 @@ from hybridzoo.kernels.fused.tile import mm
 
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def scan_back_kernel(
-    W, qE, kZ, P, total, down, up, rows, slopes, du_blocks, do, dS1, dsum1, dmean1, count0, cu,
+    W, qE, kZ, P, X, total, down, up, rows, slopes, du_blocks, do, dS1, dsum1, dmean1, count0, cu,
     dS0, dstates, dnews, d_sum, du_rows, T, first, count, origin, span, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, DECAYS: tl.constexpr,
     CORRECT: tl.constexpr, PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr,
@@ -80,7 +80,10 @@ def scan_back_kernel(
         kT_at, kT_ok = key_row[None, :] * K + kc[:, None], key_ok[None, :] & k_ok[:, None]
         kT = tl.load(kZ + kT_at, mask=kT_ok, other=0.0)
         dN += mm(dS, kT, MODE)
-        tl.store(dnews + (slot * C + i[None, :]) * V + vc[:, None], dN, mask=v_ok[:, None])
+        if CORRECT:  # R^ from here on
+            kept = (base + at - begin).to(tl.int64) * HV + hv
+            dN = mm(dN, tl.load(X + (kept * C + i[:, None]) * C + i[None, :]), MODE)
+        tl.store(dnews + row[None, :] * V + vc[:, None], dN, mask=v_ok[:, None])
         if DECAYS:
             dS = dS * tl.load(total + slot * K + kc, mask=k_ok, other=0.0)[None, :]
         q_at, q_ok = key_row[:, None] * K + kc[None, :], key_ok[:, None] & k_ok[None, :]

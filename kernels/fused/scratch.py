@@ -70,7 +70,6 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
         "BK": power(form.K),
         "BV": power(form.V),
         "D": cuts.prepare_k,
-        "WRITE": form.write,
         "KEEP": keep,
         "AGAIN": again,
         "EXACT": exact,
