@@ -84,12 +84,11 @@ class Launch:
         def start(**changes: Any) -> None:
             for name, x in changes.items():
                 values[self._order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
-            if (run := self._runs.get(key)) is not None:
+            run = self._runs.get(key)
+            if run is None and (made := _compiled.get((self._key, key))) is not None:
+                run = self._runs[key] = made[(*self.grid, 1)]
+            if run is not None:
                 run(*values, stream=stream)
-                return
-            if (made := _compiled.get((self._key, key))) is not None:
-                self._runs[key] = made[(*self.grid, 1)]
-                start(**changes)
                 return
             if not given:
                 given.update({name: tensors[name] for _, name in self._tensors}, **self.numbers, **self.constants)
