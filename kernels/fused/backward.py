@@ -1,8 +1,8 @@
-"""The backward pass: windows from the last to the first; in each `scan_back`, then all other gradients.
+"""The backward pass: up to four windows of the sequence, from the last to the first.
 
-What `prepare` made is made again, for a piece of the sequence at a time: scratch memory is that of a piece. Without a
-content gate a piece is one window, and there are up to four. With one, a window is a content chunk: the gradient of
-what a chunk's decays read reaches the outputs of the chunk before, which waits for it.
+In each what `prepare` made is made again, so that scratch memory is that of a window; then `scan_back`, and all other
+gradients. With a content gate a window is a content chunk: the gradient of what a chunk's decays read reaches the
+outputs of the chunk before, which waits for it. One launch goes from chunk to chunk (content.py).
 
 Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences,
 L content chunk, r content rank.
@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.fused.config import Cuts, cuts_of, options, power
+from hybridzoo.kernels.fused.content import backward_kernel
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.gradients import gradients_kernel
 from hybridzoo.kernels.fused.launch import Launch, flags, numbers, on_device, window
-from hybridzoo.kernels.fused.room import n_chunks, n_rows
+from hybridzoo.kernels.fused.room import n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
-from hybridzoo.kernels.fused.scratch import Tensors, inputs, new_blocks, prepare, rank, scan, window_blocks
+from hybridzoo.kernels.fused.scratch import Tensors, chunks, inputs, new_blocks, prepare, scan, span_of, window_blocks
 from hybridzoo.kernels.recurrence_op import Call
 
-MOST_PIECES = 4
-# Blocks of all heads that a piece should have, for its kernels to fill a GPU.
-LEAST_OF_A_PIECE = 4096
-# Content chunks of a piece.
-CHUNKS = 8
+MOST_WINDOWS = 4
+# Blocks of all heads that a window should have, for its kernels to fill a GPU.
+LEAST_OF_A_WINDOW = 4096
 
 
 # The gradients of o, S, o_sum and o_mean, dense; of the last two only with a content gate.
@@ -37,15 +36,12 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Plan(NamedTuple):
-    """How the pass goes: blocks of a sequence in a window, windows, windows in a piece, the cut, and the launches."""
+    """How the pass goes: blocks of a sequence in a window, windows that are started, the cut, and what is started."""
 
     span: int
     windows: int
-    in_piece: int
     cut: Cuts
-    ahead: Launch
-    scan_back: Launch
-    gradients: list[Launch]
+    launches: list[Launch]
 
 
 def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results: Results) -> list[Tensor | None]:
@@ -53,25 +49,18 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
     with on_device(call.q.device):
         the = plan(form)
         found = tensors(call, form, the, room, o, d_results)
-        found |= new_content(call, form, the, room[3])
-        prepare_piece, scan_window = the.ahead.starter(found), the.scan_back.starter(found)
-        gradients = [step.starter(found) for step in the.gradients]
-        piece = the.in_piece * the.span
-        goes_on: dict[str, Tensor | None] = {}
-        for at in reversed(range(the.windows)):
-            origin = at // the.in_piece * piece
-            place = {"first": at * the.span, "count": the.span, "origin": origin, "span": piece}
-            last = at == the.windows - 1
-            if last or (at + 1) % the.in_piece == 0:
-                prepare_piece(**window(origin, piece))
-            scan_window(**place, **goes_on)
-            goes_on = {"dS1": found["dS0"]} if last else {}  # where the window after ended
-            for step in gradients:
-                step(**place)
+        d_down, d_up, d_sum, d_mean = None, None, torch.empty_like(call.o_sum), torch.empty_like(call.o_mean)
+        found |= {"d_sum": d_sum, "dmean0": d_mean}
+        starts = [launch.starter(found) for launch in the.launches]
         if form.chunk:
-            d_down, d_up, d_sum, d_mean = _content_gradients(call, found, the.span)
+            starts[0]()
+            d_down, d_up = _content_gradients(call, found)
         else:
-            d_down, d_up, d_sum, d_mean = None, None, torch.empty_like(call.o_sum), torch.empty_like(call.o_mean)
+            scan_from: dict[str, Tensor | None] = {}
+            for at in reversed(range(the.windows)):
+                for start in starts:
+                    start(**window(at * the.span, the.span), **(scan_from if start is starts[1] else {}))
+                scan_from = {"dS1": found["dS0"]}  # where the window after ended
         return [
             _joined(found["dq"], call.q),
             _joined(found["dk"], call.k),
@@ -85,28 +74,24 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
 def plan(form: Form) -> Plan:
     """The plan of every call of a form."""
     cut = cuts_of(form, True)
-    blocks, in_piece = -(-form.T // cut.block), 1
     if form.chunk:
-        span, windows = form.chunk // cut.block, n_chunks(form)
-        if not form.packed:
-            in_piece = -(-windows // form.segments) if form.segments else min(CHUNKS, windows)
-    else:
-        pieces = 1
-        if not form.packed:  # else a sequence's length is data
-            pieces = min(blocks, form.segments or min(MOST_PIECES, blocks * form.N * form.HV // LEAST_OF_A_PIECE))
-        span = max(1, -(-blocks // max(1, pieces)))
-        windows = max(1, -(-blocks // span))
-    ahead = prepare(form, cut, in_piece * span, keep=True, again=True)
+        own = {"WRITE": form.write, "STATES_K": cut.states_k, "STATES_V": cut.states_v, "PAIRS_K": cut.pairs_k}
+        return Plan(span_of(form, cut.block), 1, cut, [chunks(backward_kernel, form, cut, own)])
+    blocks, windows = span_of(form, cut.block), 1
+    if not form.packed:  # else a sequence's length is data
+        windows = min(blocks, form.segments or min(MOST_WINDOWS, blocks * form.N * form.HV // LEAST_OF_A_WINDOW))
+    span = max(1, -(-blocks // max(1, windows)))
     steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
-    gradients = [_gradients(form, cut, window_blocks(form, cut.block, span), *which) for which in steps]
-    return Plan(span, windows, in_piece, cut, ahead, scan(scan_back_kernel, form, cut, rank(form)), gradients)
+    launches = [prepare(form, cut, span, keep=True, again=True), scan(scan_back_kernel, form, cut, {})]
+    launches += [_gradients(form, cut, span, *which) for which in steps]
+    return Plan(span, max(1, -(-blocks // span)), cut, launches)
 
 
-def _gradients(form: Form, cut: Cuts, blocks: int, of_states: bool, of_pairs: bool) -> Launch:
+def _gradients(form: Form, cut: Cuts, span: int, of_states: bool, of_pairs: bool) -> Launch:
     """One step of the gradients, or both."""
     mine, D, warps = cut.states_k, cut.states_k, cut.states_warps
     if not of_states:
-        mine, D, warps = cut.pairs_mine, cut.pairs_k, cut.pairs_warps
+        mine, D, warps = power(form.K), cut.pairs_k, cut.pairs_warps
     constants = {
         **flags(form),
         "C": cut.block,
@@ -119,8 +104,8 @@ def _gradients(form: Form, cut: Cuts, blocks: int, of_states: bool, of_pairs: bo
         "PAIRS": of_pairs,
         "WRITE": form.write,
     }
-    grid = (blocks * (power(form.K) // mine), form.HV)
-    return Launch(gradients_kernel, grid, numbers(form), constants, options(warps), form.dtypes)
+    grid = (window_blocks(form, cut.block, span) * (power(form.K) // mine), form.HV)
+    return Launch(gradients_kernel, grid, numbers(form, span), constants, options(warps), form.dtypes)
 
 
 def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | None, d_results: Results) -> Tensors:
@@ -128,7 +113,7 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
     states, news, inverses, readouts = room
     d_o, d_S, d_sum, d_mean = d_results
     cut = the.cut
-    C, blocks = cut.block, window_blocks(form, cut.block, the.in_piece * the.span)
+    C, blocks = cut.block, window_blocks(form, cut.block, the.span)
     made = new_blocks(call, form, C, blocks)
     joined = torch.float32 if form.H != form.HV else None  # summed over the value heads of a key head
     parts = power(form.K) // (cut.pairs_k if cut.apart else cut.states_k)
@@ -148,6 +133,7 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
     return {
         **inputs(call, form, C),
         **made,
+        **(_content(call, form, blocks, readouts) if form.chunk else {}),
         "X": inverses if form.correct else None,
         "readouts": readouts if form.chunk else None,
         "states": states,
@@ -192,29 +178,20 @@ def _added(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     return d.squeeze(3) if d.shape[3] == 1 else d.sum(3).to(like.dtype)
 
 
-def new_content(call: Call, form: Form, the: Plan, readouts: Tensor) -> Tensors:
-    """What only a content gate has: `tanh` and its slope at each row, the gradients of readouts, and a sum's."""
-    if not form.chunk:
-        return dict.fromkeys(("hidden", "slopes", "du_blocks", "du_rows", "d_sum"))
+def _content(call: Call, form: Form, blocks: int, readouts: Tensor) -> Tensors:
+    """What only a content gate has: `tanh` and its slope at each row; gradients of readouts, by block and by row."""
     x = torch.einsum("hrv,nhv->nhr", call.down, readouts[..., : form.V]).contiguous()
     return {
         "hidden": torch.tanh(x),
         "slopes": torch.cosh(x) ** -2,  # 1 - tanh^2 has no digits left where tanh is near 1
-        "du_blocks": readouts.new_zeros(window_blocks(form, the.cut.block, the.span), form.HV, form.K),
+        "du_blocks": readouts.new_empty(blocks, form.HV, form.K),
         "du_rows": readouts.new_zeros(n_rows(form), form.HV, form.K),
-        "d_sum": torch.empty_like(call.o_sum),
     }
 
 
-def _content_gradients(call: Call, found: dict[str, Any], span: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the content pair, and of the sum and the mean that the call started from."""
-    assert call.down is not None
-    assert call.up is not None
-    means, du, rows = found["readouts"][..., : call.v.shape[3]], found["du_rows"], found["rows"]
-    du[rows] = found["du_blocks"].unflatten(0, (-1, span)).sum(1)  # the first chunk's, the last to be known
+def _content_gradients(call: Call, found: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Gradients of the content pair."""
+    means, du = found["readouts"][..., : call.v.shape[3]], found["du_rows"]
     d_hidden = torch.einsum("hkr,nhk->nhr", call.up, du) * found["slopes"]
-    lengths = call.q.shape[1] if call.cu_seqlens is None else call.cu_seqlens.diff()
-    unread = (call.count + lengths < call.chunk)[:, None, None]  # no chunk was closed: the mean went through
-    d_mean = torch.einsum("nhr,hrv->nhv", d_hidden[rows], call.down) + torch.where(unread, found["dmean1"], 0.0)
     d_down, d_up = torch.einsum("nhr,nhv->hrv", d_hidden, means), torch.einsum("nhk,nhr->hkr", du, found["hidden"])
-    return d_down.contiguous(), d_up.contiguous(), found["d_sum"], d_mean.contiguous()
+    return d_down.contiguous(), d_up.contiguous()

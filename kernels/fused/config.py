@@ -50,8 +50,9 @@ class Cuts(NamedTuple):
     states_v: int
     states_warps: int
     pairs_k: int  # key channels at a time in the second step
-    pairs_mine: int  # and of a program
     pairs_warps: int
+    group: int  # programs of a head, with a content gate
+    group_warps: int
 
 
 def block_of(form: Form, save: bool) -> int:
@@ -65,25 +66,29 @@ def block_of(form: Form, save: bool) -> int:
 def cuts_of(form: Form, save: bool) -> Cuts:
     """The kernels' cut for a form of call, whose states are kept if `save`."""
     narrow, channels = form.dtype == torch.bfloat16, form.decay == 2 or form.erase
-    return _cuts(form.K, form.V, form.N * form.HV, block_of(form, save), narrow, form.chunk > 0, channels)
+    heads, content = form.N * form.HV, form.chunk > 0
+    return _cuts(form.K, form.V, heads, block_of(form, save), narrow, content, form.serial, channels)
 
 
 @functools.cache
-def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, channels: bool) -> Cuts:
+def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, serial: bool, channels: bool) -> Cuts:
     """The cut for so many heads, `narrow` where products are of bf16, `channels` where each has a decay of its own.
 
-    Value channels are cut until the scans have a program for each of some 128 multiprocessors: up to three cuts, which
-    a new batch may compile.
+    Value channels are cut until the scans have a program for each of some 128 multiprocessors, and with a content gate,
+    where the same programs do all else too, four: up to three cuts, which a new batch may compile. Programs that run
+    one after another cannot share a content gate's head.
     """
     K, V = power(K), power(V)
     widest = 64 if narrow else 32
     scan_v = min(V, widest, max(16, widest * 128 // K))
-    while scan_v > 16 and heads * (V // scan_v) < 128:
+    while scan_v > 16 and heads * (V // scan_v) < (512 if content else 128):
         scan_v //= 2
+    if content and serial:
+        scan_v = V
     return Cuts(
         block=block,
-        prepare_k=min(K, V, 64 if narrow and content else 32),
-        prepare_warps=1 if narrow and block == 16 and not content else 2,
+        prepare_k=min(K, 64 if narrow and content else 32),
+        prepare_warps=1 if narrow and block == 16 else 2,
         scan_v=scan_v,
         scan_warps=4 if narrow or K <= 128 else 8,
         scan_stages=(2 if block == 32 else 3) if narrow else 1,
@@ -92,6 +97,7 @@ def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, c
         states_v=min(V, (128 if block == 32 and max(K, V) <= 128 else 64) if narrow else 32),
         states_warps=4 if block == 32 else 2,
         pairs_k=min(K, 16 if block == 32 else 32),
-        pairs_mine=min(K, 32) if content else K,  # few blocks in a window: more programs
         pairs_warps=2,
+        group=V // scan_v,
+        group_warps=2 if narrow else 4,
     )

@@ -36,6 +36,7 @@ class Form(NamedTuple):
     chunk: int  # L, 0 without a content gate
     qk_norm: bool
     segments: int
+    serial: bool  # programs run one after another, by the interpreter
     dtypes: tuple[torch.dtype | None, ...]  # of the call's tensors, None where one is off
 
     @property
@@ -83,6 +84,7 @@ def form_of(call: Call) -> Form:
         chunk=call.chunk,
         qk_norm=call.qk_norm,
         segments=call.segments,
+        serial=call.q.device.type == "cpu",
         dtypes=dtypes_of(call.tensors),
     )
 

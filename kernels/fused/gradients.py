@@ -143,8 +143,8 @@ def below(d_P, d_A, C: tl.constexpr):
 
 @triton.jit
 def through_pairs(
-    q, k, g, z, e, readouts, dq, dk, dg, dz, de, du_at, d_P, d_A, d_self, x_q, x_k, x_e, d_last, along_q, along_k, rq,
-    rk, row, pos, ok, h, hv, part, kc, k_ok, scale, H, HV, K,
+    q, k, g, z, e, readout_at, dq, dk, dg, dz, de, du_at, d_P, d_A, d_self, x_q, x_k, x_e, d_last, along_q, along_k, rq,
+    rk, pos, ok, h, hv, part, kc, k_ok, scale, H, HV, K,
     C: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
     CORRECT: tl.constexpr, STORED: tl.constexpr, CONTENT: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr,
     FLOOR: tl.constexpr,
@@ -175,7 +175,7 @@ def through_pairs(
     if DECAY == 2 or ERASE:
         u = tl.zeros((D,), tl.float32)
         if CONTENT > 0:
-            u = tl.load(readouts + row + kc, mask=k_ok, other=0.0)
+            u = tl.load(readout_at + kc, mask=k_ok, other=0.0)
         log_D, logit = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, C, D)
         ref, end, a, b, ax, last, up, down = channel_factors(log_D, EXCLUSIVE, MODE, C, D)
         qa, kb, ea = operand(qt * a, MODE), operand(kt * b, MODE), operand(ek * ax, MODE)
@@ -244,37 +244,20 @@ def through_pairs(
     store(dk, dkt, pos, hv, HV, K, kc, ok, k_ok)
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
-def gradients_kernel(
-    q, k, v, g, z, e, w, owners, cu, count0, readouts, rows, states, dstates, news, dnews, o, do, d_sum,
-    d_qE, d_kZ, d_eE, d_total, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_blocks,
-    T, first, count, origin, span, scale, H, HV, K, V,
+@triton.jit
+def gradients_of_block(
+    q, k, v, g, z, e, w, readout_at, states, dstates, news, dnews, o, do, d_sum, d_qE, d_kZ, d_eE, d_total, dP, dA,
+    along, dq, dk, dv, dg, dz, de, dw, du_at, n, pos, ok, kept, slot, begin, h, hv, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MINE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    STATES: tl.constexpr, PAIRS: tl.constexpr,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, FLOOR: tl.constexpr,
+    STATES: tl.constexpr, PAIRS: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr,
+    WRITE: tl.constexpr, STORED: tl.constexpr, CONTENT: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """One program a block, value head and MINE of the key channels: the step of STATES, that of PAIRS, or both."""
+    """The step of STATES, that of PAIRS, or both, of one block of a value head and MINE key channels from `begin` on.
+
+    `readout_at`: what the block's content chunk read; `du_at`: where the gradient of that goes.
+    """
     DECAYS: tl.constexpr = DECAY > 0 or ERASE
-    program, hv = tl.program_id(0) // (BK // MINE), tl.program_id(1)
-    begin = tl.program_id(0) % (BK // MINE) * MINE
-    h = hv // (HV // H)
-    n, at, _, pos, ok, kept, slot, live = block(
-        program, owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN
-    )
-    du_at = du_blocks
-    row = 0
-    if CONTENT > 0:
-        du_at += (program * HV + hv).to(tl.int64) * K
-    if not live:
-        if CONTENT > 0 and PAIRS:
-            mine = begin + tl.arange(0, MINE)
-            tl.store(du_at + mine, tl.zeros((MINE,), tl.float32), mask=mine < K)
-        return
-    if CONTENT > 0:
-        row = ((tl.load(rows + n) + at * C // CONTENT).to(tl.int64) * HV + hv) * (V + K) + V
-    kept = kept * HV + hv
-    slot = slot * HV + hv
     i = tl.arange(0, C)
     r, c = i[:, None], i[None, :]
     cc_at = (slot * C + r) * C + c
@@ -317,8 +300,8 @@ def gradients_kernel(
             if STATES:
                 d_self, d_P, d_A = below(d_P, d_A, C)
             through_pairs(
-                q, k, g, z, e, readouts, dq, dk, dg, dz, de, du_at, d_P, d_A, d_self, x_q, x_k, x_e, d_last, along_q,
-                along_k, rq, rk, row, pos, ok, h, hv, d // D, kc, k_ok, scale, H, HV, K, C, D, BK, DECAY, ERASE,
+                q, k, g, z, e, readout_at, dq, dk, dg, dz, de, du_at, d_P, d_A, d_self, x_q, x_k, x_e, d_last, along_q,
+                along_k, rq, rk, pos, ok, h, hv, d // D, kc, k_ok, scale, H, HV, K, C, D, BK, DECAY, ERASE,
                 CORRECT, STORED, CONTENT, NORM, MODE, FLOOR,
             )  # fmt: skip
         else:
@@ -335,3 +318,25 @@ def gradients_kernel(
                 if NORM:
                     tl.store(along_at, along_q)
                     tl.store(along_at + C, along_k)
+
+
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+def gradients_kernel(
+    q, k, v, g, z, e, w, owners, cu, states, dstates, news, dnews, o, do, d_qE, d_kZ, d_eE, d_total, dP, dA, along,
+    dq, dk, dv, dg, dz, de, dw, T, first, count, origin, span, scale, H, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MINE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    STATES: tl.constexpr, PAIRS: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr,
+    WRITE: tl.constexpr, STORED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr,
+    FLOOR: tl.constexpr,
+):  # fmt: skip
+    """One program a block, value head and MINE of the key channels, without a content gate."""
+    program, hv = tl.program_id(0) // (BK // MINE), tl.program_id(1)
+    n, at, _, pos, ok, kept, slot, live = block(program, owners, cu, None, first, count, origin, span, T, C, 0, VARLEN)
+    if not live:
+        return
+    gradients_of_block(
+        q, k, v, g, z, e, w, None, states, dstates, news, dnews, o, do, None, d_qE, d_kZ, d_eE, d_total, dP, dA, along,
+        dq, dk, dv, dg, dz, de, dw, None, n, pos, ok, kept * HV + hv, slot * HV + hv,
+        tl.program_id(0) % (BK // MINE) * MINE, hv // (HV // H), hv, scale, H, HV, K, V, C, BK, BV, MINE, D, DV, STATES,
+        PAIRS, DECAY, ERASE, CORRECT, WRITE, STORED, 0, NORM, MODE, FLOOR,
+    )  # fmt: skip

@@ -127,14 +127,14 @@ def flags(form: Form) -> dict[str, Any]:
 
 
 def common(form: Form) -> dict[str, Any]:
-    """What the compiler knows of a call in every kernel: how sequences are cut, and the precision of products."""
-    return {"CONTENT": form.chunk, "VARLEN": form.packed, "MODE": MODES[form.dtype][0]}
+    """What the compiler knows of a call in every kernel: are sequences packed, and the precision of products."""
+    return {"VARLEN": form.packed, "MODE": MODES[form.dtype][0]}
 
 
-def numbers(form: Form, span: int = 0) -> dict[str, float]:
-    """The numbers that every kernel takes; each start says its window anew."""
+def numbers(form: Form, span: int | None = None) -> dict[str, float]:
+    """The numbers that every kernel takes, and a window of `span` blocks, which each start may say anew."""
     sizes = {"T": form.T, "H": form.H, "HV": form.HV, "K": form.K, "V": form.V}
-    return {"scale": form.scale, **window(0, span), **sizes}
+    return {"scale": form.scale, **({} if span is None else window(0, span)), **sizes}
 
 
 def window(first: int, count: int) -> dict[str, int]:

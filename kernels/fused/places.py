@@ -88,3 +88,23 @@ def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.cons
     slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64)
     leads, live = at == tl.maximum(first, begin), (at >= begin) & (at < end)
     return n, at, leads, start + place, (place >= 0) & (place < length), kept, slot, live
+
+
+@triton.jit
+def state_of(head, vc, K, V, BK: tl.constexpr):
+    """Where the value channels `vc` of a head's `S [K, V]` are, as `S^T [vc, BK]`, and which are channels."""
+    kc = tl.arange(0, BK)
+    at = head.to(tl.int64) * K * V + kc[None, :] * V + vc[:, None]
+    return at, (vc < V)[:, None] & (kc < K)[None, :]
+
+
+@triton.jit
+def content_chunks(seen, length, CONTENT: tl.constexpr):
+    """How many content chunks a sequence has tokens in, at least one; and the number of the one left open."""
+    return tl.maximum(1, tl.cdiv(seen + length, CONTENT)), (seen + length) // CONTENT
+
+
+@triton.jit
+def chunk_row(n, start, chunk, CONTENT: tl.constexpr):
+    """The row of what a sequence's content chunk reads: as many before as chunks can have begun there."""
+    return start // CONTENT + 2 * n + chunk

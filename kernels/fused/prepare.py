@@ -31,27 +31,17 @@ def far(P, A, qa, ea, kb, ref, end, SPAN: tl.constexpr, CORRECTED: tl.constexpr,
     return P, A
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
-def prepare_kernel(
-    q, k, g, z, e, down, up, owners, cu, count0, readouts, rows,
-    W, qE, kZ, P, X, total, T, first, count, origin, span, scale, H, HV, K, V,
+@triton.jit
+def prepare_block(
+    q, k, g, z, e, down, up, chunk_at, W, qE, kZ, P, X, total, pos, ok, leads, slot, x_slot, h, hv, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr,
-    MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr, FLOOR: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr, CONTENT: tl.constexpr,
+    NORM: tl.constexpr, AGAIN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """One program a block and value head."""
+    """Prepare one block of a value head. `chunk_at`: its content chunk's mean, and where the readout of it is."""
     SOLVE: tl.constexpr = CORRECT > 0 and not AGAIN
     EXCLUSIVE: tl.constexpr = STORED and CORRECT > 0
-    hv = tl.program_id(1)
-    h = hv // (HV // H)
-    n, at, leads, pos, ok, kept, slot, live = block(
-        tl.program_id(0), owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN
-    )
-    if not live:
-        return
-    kept = kept * HV + hv
-    slot = slot * HV + hv
     i = tl.arange(0, C)
     r, c = i[:, None], i[None, :]
     A = tl.zeros((C, C), tl.float32)
@@ -65,11 +55,10 @@ def prepare_kernel(
         log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, i, ok, i, DECAY, ERASE, FLOOR, C, C)
         last, up_s, ux_s, down_s, pairs, corrected = scalar_factors(log_D, EXCLUSIVE, MODE, C)
     if CONTENT > 0:
-        row = ((tl.load(rows + n) + at * C // CONTENT).to(tl.int64) * HV + hv) * (V + K)
         if not AGAIN:
             rc, every = tl.arange(0, BR), tl.arange(0, BV)
             rv_ok = (rc < RANK)[:, None] & (every < V)[None, :]
-            mean = tl.load(readouts + row + every, mask=every < V, other=0.0)
+            mean = tl.load(chunk_at + every, mask=every < V, other=0.0)
             U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + every[None, :], mask=rv_ok, other=0.0)
             hidden = squash(mean, U1)
 
@@ -92,13 +81,13 @@ def prepare_kernel(
             u = tl.zeros((D,), tl.float32)
             if CONTENT > 0:
                 if AGAIN:
-                    u = tl.load(readouts + row + V + kc, mask=k_ok, other=0.0)
+                    u = tl.load(chunk_at + V + kc, mask=k_ok, other=0.0)
                 else:
                     kr_ok = k_ok[:, None] & (rc < RANK)[None, :]
                     U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=kr_ok, other=0.0)
                     u = tl.sum(U2 * hidden[None, :], 1)
                     if leads:  # no part of the mask, which the interpreter of Triton 3.9 makes a number of
-                        tl.store(readouts + row + V + kc, u, mask=k_ok)  # for the backward pass
+                        tl.store(chunk_at + V + kc, u, mask=k_ok)  # for the backward pass
             log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, C, D)
             ref, end, a, b, ax, last, up_c, down_c = channel_factors(log_D, EXCLUSIVE, MODE, C, D)
             qa, kb, ea = qt * a, kt * b, ek * ax
@@ -135,4 +124,27 @@ def prepare_kernel(
     tl.store(P + (slot * C + r) * C + c, tl.where(r >= c, Pt, 0.0))
     if SOLVE:
         Xt = inverse(tl.where(r > c, A, 0.0), EXACT, MERGE, C)
-        tl.store(X + ((kept if KEEP else slot) * C + r) * C + c, Xt)
+        tl.store(X + (x_slot * C + r) * C + c, Xt)
+
+
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+def prepare_kernel(
+    q, k, g, z, e, owners, cu, W, qE, kZ, P, X, total, T, first, count, origin, span, scale, H, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
+    CORRECT: tl.constexpr, STORED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr,
+    AGAIN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """One program a block and value head, without a content gate."""
+    hv = tl.program_id(1)
+    n, at, leads, pos, ok, kept, slot, live = block(
+        tl.program_id(0), owners, cu, None, first, count, origin, span, T, C, 0, VARLEN
+    )
+    if not live:
+        return
+    kept = kept * HV + hv
+    slot = slot * HV + hv
+    prepare_block(
+        q, k, g, z, e, None, None, None, W, qE, kZ, P, X, total, pos, ok, leads, slot, kept if KEEP else slot,
+        hv // (HV // H), hv, scale, H, HV, K, V, C, BK, BV, D, 1, 1, DECAY, ERASE, CORRECT, STORED, 0, NORM, AGAIN,
+        MODE, EXACT, MERGE, FLOOR,
+    )  # fmt: skip

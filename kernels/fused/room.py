@@ -42,27 +42,6 @@ def n_blocks(form: Form, C: int) -> int:
     return T // C + N * (1 + spare) if form.packed else N * (-(-T // C) + spare)
 
 
-def n_chunks(form: Form) -> int:
-    """A bound on the content chunks that a sequence has tokens in."""
-    return max(0, form.T + form.chunk - 2) // form.chunk + 1
-
-
 def n_rows(form: Form) -> int:
-    """A bound on the rows of what content chunks read: a row for each chunk, and one for a chunk that is to begin."""
-    N, T, L = form.N, form.T, form.chunk
-    if not L:
-        return 0
-    return T // L + 2 * N if form.packed else N * _rows_of_equals(T, L)
-
-
-def first_rows(call: Call) -> Tensor:
-    """Each sequence's first row: int32 `[N]`."""
-    N, T, L = call.S.shape[0], call.q.shape[1], call.chunk
-    order = torch.arange(N, device=call.q.device, dtype=torch.int32)
-    if call.cu_seqlens is None:
-        return order * _rows_of_equals(T, L)
-    return (call.cu_seqlens[:-1] // L + 2 * order).int()
-
-
-def _rows_of_equals(T: int, L: int) -> int:
-    return -(-T // L) + 1
+    """A bound on the rows of what content chunks read; `places.chunk_row` says where each sequence's begin."""
+    return (form.B * form.T) // form.chunk + 2 * form.N if form.chunk else 0

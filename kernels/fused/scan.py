@@ -14,35 +14,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence
+from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence, state_of
 from hybridzoo.kernels.fused.tile import mm
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
-def scan_kernel(
-    v, w, W, qE, kZ, P, X, total, S0, sum0, mean0, count0, cu, o, S1, sum1, mean1, states, news, readouts, rows,
-    T, first, count, origin, span, scale, H, HV, K, V,
+@triton.jit
+def scan_blocks(
+    S, v, w, W, qE, kZ, P, X, total, o, states, news, lo, hi, n, start, length, seen, base, origin, span, h, hv, vc,
+    scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
     WRITE: tl.constexpr, PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr,
     MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, value head and part of its value channels; it leaves the state where the next window is
-    to find it."""
-    head, part = tl.program_id(0), tl.program_id(1)
-    n, hv = head // HV, head % HV
-    h = hv // (HV // H)
-    start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
-    begin, end = grid_ends(seen, length, C)
-    lo, hi = tl.maximum(first, begin), tl.minimum(first + count, end)
-    if first > 0 and lo >= hi:  # an earlier window has seen the last token
-        return
+    """Take the state `S^T [BV, BK]` of the value channels `vc` through blocks `lo` to `hi` of sequence `n`.
+
+    Returns it, and with a content gate the sum of the outputs `[BV]`.
+    """
     i = tl.arange(0, C)
-    kc, vc = tl.arange(0, BK), part * BV + tl.arange(0, BV)
+    kc = tl.arange(0, BK)
     k_ok, v_ok = kc < K, vc < V
     vk_at = vc[:, None] * K + kc[None, :]
     vk_ok = v_ok[:, None] & k_ok[None, :]
-    ends_at = head.to(tl.int64) * K * V + kc[None, :] * V + vc[:, None]
-    S = tl.load(S0 + ends_at, mask=vk_ok, other=0.0)
+    begin = seen // C
     o_sum = tl.zeros((BV,), tl.float32)
     for at in tl.range(lo, hi, num_stages=STAGES):
         slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
@@ -75,16 +68,27 @@ def scan_kernel(
         S += mm(N, tl.load(kZ + kZ_at, mask=kZ_ok, other=0.0), MODE)
         if CONTENT > 0:
             o_sum += tl.sum(out, 1)
-    tl.store(S1 + ends_at, S, mask=vk_ok)
-    if CONTENT > 0:
-        v_at = head.to(tl.int64) * V + vc
-        o_sum += tl.load(sum0 + v_at, mask=v_ok, other=0.0)
-        mean = tl.load(mean0 + v_at, mask=v_ok, other=0.0)
-        chunk = first * C // CONTENT
-        if seen + length >= (chunk + 1) * CONTENT:
-            mean = o_sum / CONTENT
-            o_sum = tl.zeros((BV,), tl.float32)
-            row = (tl.load(rows + n) + chunk + 1).to(tl.int64) * HV + hv
-            tl.store(readouts + row * (V + K) + vc, mean, mask=v_ok)
-        tl.store(sum1 + v_at, o_sum, mask=v_ok)
-        tl.store(mean1 + v_at, mean, mask=v_ok)
+    return S, o_sum
+
+
+@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+def scan_kernel(
+    v, w, W, qE, kZ, P, X, total, S0, cu, o, S1, states, news, T, first, count, origin, span, scale, H, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
+    WRITE: tl.constexpr, PLAIN: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence, value head and part of its value channels, without a content gate."""
+    head, part = tl.program_id(0), tl.program_id(1)
+    n, hv = head // HV, head % HV
+    start, length, seen, base = sequence(cu, None, n, T, C, 0, VARLEN)
+    _, end = grid_ends(seen, length, C)
+    vc = part * BV + tl.arange(0, BV)
+    ends_at, ends_ok = state_of(head, vc, K, V, BK)
+    S = tl.load(S0 + ends_at, mask=ends_ok, other=0.0)
+    S, _ = scan_blocks(
+        S, v, w, W, qE, kZ, P, X, total, o, states, news, first, tl.minimum(first + count, end), n, start, length, seen,
+        base, origin, span, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, WRITE, PLAIN, 0,
+        VARLEN, SAVE, MODE, STAGES,
+    )  # fmt: skip
+    tl.store(S1 + ends_at, S, mask=ends_ok)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.fused.config import Cuts, options, power
+from hybridzoo.kernels.fused.content import COUNTER
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.launch import MODES, Launch, common, flags, numbers
 from hybridzoo.kernels.fused.prepare import prepare_kernel
-from hybridzoo.kernels.fused.room import first_rows, n_blocks
+from hybridzoo.kernels.fused.room import n_blocks
 from hybridzoo.kernels.recurrence_op import Call
 
 Tensors = dict[str, Tensor | None]
@@ -22,7 +23,7 @@ Tensors = dict[str, Tensor | None]
 
 def inputs(call: Call, form: Form, C: int) -> Tensors:
     """A call's tensors as kernels name them, and where they find a block's place: each packed block's sequence, the
-    bounds, counts, and rows of readouts."""
+    bounds, and counts."""
     return {
         "q": call.q,
         "k": call.k,
@@ -36,8 +37,12 @@ def inputs(call: Call, form: Form, C: int) -> Tensors:
         "owners": _owners(call, form, C) if form.packed and not form.chunk else None,
         "cu": call.cu_seqlens,
         "count0": call.count,
-        "rows": first_rows(call) if form.chunk else None,
     }
+
+
+def span_of(form: Form, C: int) -> int:
+    """Blocks of a sequence that scratch memory is for at a time: all, or those of a content chunk."""
+    return -(-(form.chunk or form.T) // C)
 
 
 def window_blocks(form: Form, C: int, span: int) -> int:
@@ -46,35 +51,36 @@ def window_blocks(form: Form, C: int, span: int) -> int:
 
 
 def new_blocks(call: Call, form: Form, C: int, blocks: int) -> Tensors:
-    """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`."""
+    """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`, and a content gate's
+    counters."""
 
     def new(*shape: int, dtype: torch.dtype = form.kept) -> Tensor:
         return call.q.new_empty(blocks, form.HV, *shape, dtype=dtype)
 
+    counters = None
+    if form.chunk:
+        counters = torch.zeros((1 + form.N * form.HV) * COUNTER.value, dtype=torch.int32, device=call.q.device)
     return {
         "W": new(C, form.K) if form.correct else None,
         "qE": call.q if form.plain else new(C, form.K),
         "kZ": call.k if form.plain else new(C, form.K),
         "P": new(C, C),
         "total": new(form.K, dtype=torch.float32) if form.decays else None,
+        "counters": counters,
     }
 
 
 def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> Launch:
     """The launch that fills scratch memory for windows of `span` blocks."""
-    _, exact = MODES[form.dtype]
-    constants: dict[str, Any] = {
+    constants = {
         **flags(form),
-        **rank(form),
+        **inverse(form),
         "C": cuts.block,
         "BK": power(form.K),
         "BV": power(form.V),
         "D": cuts.prepare_k,
         "KEEP": keep,
         "AGAIN": again,
-        "EXACT": exact,
-        # Beside bf16 products one pass of tf32 is exact enough for what joins two inverses of 16.
-        "MERGE": "tf32" if form.dtype == torch.bfloat16 else exact,
     }
     grid = (window_blocks(form, cuts.block, span), form.HV)
     return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.dtypes)
@@ -95,13 +101,35 @@ def scan(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
     }
     grid = (form.N * form.HV, -(-form.V // cuts.scan_v))
     schedule = options(cuts.scan_warps, cuts.scan_stages)
-    return Launch(kernel, grid, numbers(form), constants, schedule, form.dtypes)
+    return Launch(kernel, grid, numbers(form, span_of(form, cuts.block)), constants, schedule, form.dtypes)
 
 
-def rank(form: Form) -> dict[str, int]:
-    """The content gate's rank, for the kernels that read its pair."""
-    r = max(1, form.rank)
-    return {"RANK": r, "BR": power(r)}
+def chunks(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
+    """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told."""
+    constants = {
+        **flags(form),
+        **inverse(form),
+        "GROUP": cuts.group,
+        "C": cuts.block,
+        "BK": power(form.K),
+        "BV": cuts.scan_v,
+        "EVERY": power(form.V),
+        "D": cuts.prepare_k,
+        "BR": power(form.rank),
+        "RANK": form.rank,
+        "CONTENT": form.chunk,
+        "STAGES": cuts.scan_stages,
+        **own,
+    }
+    grid = (form.N * form.HV * cuts.group, 1)
+    return Launch(kernel, grid, numbers(form), constants, options(cuts.group_warps), form.dtypes)
+
+
+def inverse(form: Form) -> dict[str, str]:
+    """The precisions of `(I + A)^-1`. Beside bf16 products one pass of tf32 is exact enough for what joins two inverses
+    of 16."""
+    _, exact = MODES[form.dtype]
+    return {"EXACT": exact, "MERGE": "tf32" if form.dtype == torch.bfloat16 else exact}
 
 
 def _owners(call: Call, form: Form, C: int) -> Tensor:

@@ -86,14 +86,13 @@ def planned(
         segments=0,
     )
     form, kept, ends = form_of(call), room(call, True), [call.v, call.S, call.o_sum, call.o_mean]
-    ahead, back = forward.plan(form, True), backward.plan(form)
-    given = forward.tensors(call, form, ahead, kept, True)
+    back = backward.plan(form)
+    given = forward.tensors(call, form, kept, True)
     given |= dict(zip(("o", "S1", "sum1", "mean1"), ends, strict=True))
     d_ends = ends if content else [*ends[:2], None, None]
     given_back = backward.tensors(call, form, back, kept, call.v if norm else None, tuple(d_ends))
-    given_back |= backward.new_content(call, form, back, kept[3])
-    launches = [(launch, given) for launch in (ahead.ahead, ahead.scan)]
-    return launches + [(launch, given_back) for launch in (back.ahead, back.scan_back, *back.gradients)]
+    given_back |= {"d_sum": call.o_sum, "dmean0": call.o_mean}
+    return [(x, given) for x in forward.plan(form, True)] + [(x, given_back) for x in back.launches]
 
 
 def usage(planned: Launch, tensors: Tensors, capability: int) -> Usage:
