@@ -1,8 +1,8 @@
 """The backward pass: up to four windows of the sequence, from the last to the first.
 
 In each what `prepare` made is made again, so that scratch memory is that of a window; then `scan_back`, and all other
-gradients. With a content gate a window is a content chunk: the gradient of what a chunk's decays read reaches the
-outputs of the chunk before, which waits for it. One launch goes from chunk to chunk (content.py).
+gradients. With a content gate the gradient of what a chunk's decays read reaches the outputs of the chunk before, which
+waits for it: one launch then goes from chunk to chunk (content.py).
 
 Shapes: B batch, T time, H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences,
 L content chunk, r content rank.
@@ -11,7 +11,8 @@ L content chunk, r content rank.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,16 @@ from hybridzoo.kernels.fused.gradients import gradients_kernel
 from hybridzoo.kernels.fused.launch import Launch, flags, numbers, on_device, window
 from hybridzoo.kernels.fused.room import n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
-from hybridzoo.kernels.fused.scratch import Tensors, chunks, inputs, new_blocks, prepare, scan, span_of, window_blocks
+from hybridzoo.kernels.fused.scratch import (
+    Tensors,
+    chunks,
+    inputs,
+    new_blocks,
+    new_counters,
+    prepare,
+    scan,
+    window_blocks,
+)
 from hybridzoo.kernels.recurrence_op import Call
 
 MOST_WINDOWS = 4
@@ -36,7 +46,7 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Plan(NamedTuple):
-    """How the pass goes: blocks of a sequence in a window, windows that are started, the cut, and what is started."""
+    """How the pass goes: blocks of a sequence in a window, windows, the cut, and what is launched in each."""
 
     span: int
     windows: int
@@ -49,24 +59,28 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
     with on_device(call.q.device):
         the = plan(form)
         found = tensors(call, form, the, room, o, d_results)
-        d_down, d_up, d_sum, d_mean = None, None, torch.empty_like(call.o_sum), torch.empty_like(call.o_mean)
-        found |= {"d_sum": d_sum, "dmean0": d_mean}
-        starts = [launch.starter(found) for launch in the.launches]
-        if form.chunk:
-            starts[0]()
-            d_down, d_up = _content_gradients(call, found)
-        else:
-            scan_from: dict[str, Tensor | None] = {}
-            for at in reversed(range(the.windows)):
-                for start in starts:
-                    start(**window(at * the.span, the.span), **(scan_from if start is starts[1] else {}))
-                scan_from = {"dS1": found["dS0"]}  # where the window after ended
+        counters = new_counters(form, call.q.device, the.windows) if form.chunk else None
+        found |= {"counters": counters, "d_sum": torch.empty_like(call.o_sum), "dmean0": torch.empty_like(call.o_mean)}
+        ahead, back, *steps = [launch.starter(found) for launch in the.launches]
+        goes_on: dict[str, Tensor | None] = {}
+        for at in reversed(range(the.windows)):
+            place = window(at * the.span, the.span)
+            ahead(**place)
+            if counters is not None:
+                goes_on["counters"] = counters[at]
+            back(**place, **goes_on)
+            for step in steps:
+                step(**place)
+            goes_on = {"dS1": found["dS0"]}  # where the window after ended
+            if form.chunk:
+                goes_on["dmean1"] = found["dmean0"]
+        du_rows = found["du_rows"]
+        d_down, d_up = (None, None) if du_rows is None else _content_gradients(form, room[3], du_rows)
         return [
             _joined(found["dq"], call.q),
             _joined(found["dk"], call.k),
             *(found["dv"], _added(found["dg"], call.log_decay), found["dz"], d_down, d_up),
-            *(_added(found["de"], call.correct), found["dw"], found["dS0"]),
-            *(d_sum, d_mean),
+            *(_added(found["de"], call.correct), found["dw"], found["dS0"], found["d_sum"], found["dmean0"]),
         ]
 
 
@@ -74,16 +88,20 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
 def plan(form: Form) -> Plan:
     """The plan of every call of a form."""
     cut = cuts_of(form, True)
-    if form.chunk:
-        own = {"WRITE": form.write, "STATES_K": cut.states_k, "STATES_V": cut.states_v, "PAIRS_K": cut.pairs_k}
-        return Plan(span_of(form, cut.block), 1, cut, [chunks(backward_kernel, form, cut, own)])
-    blocks, windows = span_of(form, cut.block), 1
+    unit = max(1, form.chunk // cut.block)  # blocks that are in one window
+    tokens = form.T + form.chunk - 1 if form.chunk else form.T  # with those of a chunk that was open
+    blocks, windows = -(-tokens // (unit * cut.block)) * unit, 1
     if not form.packed:  # else a sequence's length is data
         windows = min(blocks, form.segments or min(MOST_WINDOWS, blocks * form.N * form.HV // LEAST_OF_A_WINDOW))
-    span = max(1, -(-blocks // max(1, windows)))
-    steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
-    launches = [prepare(form, cut, span, keep=True, again=True), scan(scan_back_kernel, form, cut, {})]
-    launches += [_gradients(form, cut, span, *which) for which in steps]
+    span = max(1, -(-blocks // (unit * max(1, windows)))) * unit
+    launches = [prepare(form, cut, span, keep=True, again=True)]
+    if form.chunk:
+        own = {"STATES_K": cut.states_k, "STATES_V": cut.states_v, "PAIRS_K": cut.pairs_k}
+        launches += [chunks(backward_kernel, form, cut, numbers(form, span), own)]
+    else:
+        steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
+        launches += [scan(scan_back_kernel, form, cut, span, {})]
+        launches += [_gradients(form, cut, span, *which) for which in steps]
     return Plan(span, max(1, -(-blocks // span)), cut, launches)
 
 
@@ -133,7 +151,7 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
     return {
         **inputs(call, form, C),
         **made,
-        **(_content(call, form, blocks, readouts) if form.chunk else {}),
+        **_content(call, form, the),
         "X": inverses if form.correct else None,
         "readouts": readouts if form.chunk else None,
         "states": states,
@@ -178,20 +196,22 @@ def _added(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     return d.squeeze(3) if d.shape[3] == 1 else d.sum(3).to(like.dtype)
 
 
-def _content(call: Call, form: Form, blocks: int, readouts: Tensor) -> Tensors:
-    """What only a content gate has: `tanh` and its slope at each row; gradients of readouts, by block and by row."""
-    x = torch.einsum("hrv,nhv->nhr", call.down, readouts[..., : form.V]).contiguous()
+def _content(call: Call, form: Form, the: Plan) -> Tensors:
+    """Memory that only a content gate needs: gradients of a chunk's readout by block; of all, and of `tanh`, by row."""
+    if not form.chunk:
+        return {"du_blocks": None, "du_rows": None}
+
+    def new(fill: Callable[..., Tensor], rows: int, size: int) -> Tensor:
+        return fill(rows, form.HV, size, device=call.q.device, dtype=torch.float32)
+
     return {
-        "hidden": torch.tanh(x),
-        "slopes": torch.cosh(x) ** -2,  # 1 - tanh^2 has no digits left where tanh is near 1
-        "du_blocks": readouts.new_empty(blocks, form.HV, form.K),
-        "du_rows": readouts.new_zeros(n_rows(form), form.HV, form.K),
+        "du_blocks": new(torch.empty, form.N * form.chunk // the.cut.block, form.K),
+        "du_rows": new(torch.zeros, n_rows(form), form.K + form.rank),
     }
 
 
-def _content_gradients(call: Call, found: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients of the content pair."""
-    means, du = found["readouts"][..., : call.v.shape[3]], found["du_rows"]
-    d_hidden = torch.einsum("hkr,nhk->nhr", call.up, du) * found["slopes"]
-    d_down, d_up = torch.einsum("nhr,nhv->hrv", d_hidden, means), torch.einsum("nhk,nhr->hkr", du, found["hidden"])
-    return d_down.contiguous(), d_up.contiguous()
+def _content_gradients(form: Form, readouts: Tensor, du_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the content pair, `[HV, r, V]` and `[HV, K, r]`."""
+    means, _, hidden, _ = readouts.transpose(0, 1).split((form.V, form.K, form.rank, form.rank), 2)
+    du, d_hidden = du_rows.transpose(0, 1).split((form.K, form.rank), 2)
+    return torch.bmm(d_hidden.mT, means), torch.bmm(du.mT, hidden)

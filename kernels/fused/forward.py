@@ -16,10 +16,20 @@ from torch import Tensor
 from hybridzoo.kernels.fused.config import block_of, cuts_of
 from hybridzoo.kernels.fused.content import forward_kernel
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import Launch, on_device
-from hybridzoo.kernels.fused.room import n_rows
+from hybridzoo.kernels.fused.launch import Launch, numbers, on_device
+from hybridzoo.kernels.fused.room import n_rows, row_size
 from hybridzoo.kernels.fused.scan import scan_kernel
-from hybridzoo.kernels.fused.scratch import Tensors, chunks, inputs, new_blocks, prepare, scan, span_of, window_blocks
+from hybridzoo.kernels.fused.scratch import (
+    Tensors,
+    chunks,
+    inputs,
+    inverse,
+    new_blocks,
+    new_counters,
+    prepare,
+    scan,
+    window_blocks,
+)
 from hybridzoo.kernels.recurrence_op import Call
 
 
@@ -39,20 +49,22 @@ def plan(form: Form, save: bool) -> list[Launch]:
     """The launches of every call of a form."""
     cut = cuts_of(form, save)
     if form.chunk:
-        return [chunks(forward_kernel, form, cut, {"WRITE": form.write, "SAVE": save})]
-    ahead = prepare(form, cut, span_of(form, cut.block), keep=save, again=False)
-    return [ahead, scan(scan_kernel, form, cut, {"WRITE": form.write, "SAVE": save})]
+        own = {**inverse(form), "D": cut.prepare_k, "SAVE": save}
+        return [chunks(forward_kernel, form, cut, numbers(form), own)]
+    span = -(-form.T // cut.block)
+    ahead = prepare(form, cut, span, keep=save, again=False)
+    return [ahead, scan(scan_kernel, form, cut, span, {"WRITE": form.write, "SAVE": save})]
 
 
 def tensors(call: Call, form: Form, room: list[Tensor], save: bool) -> Tensors:
     """What the kernels read, scratch memory, and what they keep."""
     states, news, inverses, readouts = room
     C = block_of(form, save)
-    blocks = window_blocks(form, C, span_of(form, C))
+    blocks = form.N * form.chunk // C if form.chunk else window_blocks(form, C, -(-form.T // C))
     if not save:
         inverses = states.new_empty(blocks if form.correct else 0, form.HV, C, C)
         if form.chunk:
-            readouts = call.q.new_empty(n_rows(form), form.HV, form.V + form.K, dtype=torch.float32)
+            readouts = call.q.new_empty(n_rows(form), form.HV, row_size(form), dtype=torch.float32)
     return {
         **inputs(call, form, C),
         **new_blocks(call, form, C, blocks),
@@ -63,4 +75,5 @@ def tensors(call: Call, form: Form, room: list[Tensor], save: bool) -> Tensors:
         "states": states,
         "news": news,
         "readouts": readouts if form.chunk else None,
+        "counters": new_counters(form, call.q.device) if form.chunk else None,
     }

@@ -331,7 +331,9 @@ def gradients_kernel(
 ):  # fmt: skip
     """One program a block, value head and MINE of the key channels, without a content gate."""
     program, hv = tl.program_id(0) // (BK // MINE), tl.program_id(1)
-    n, at, _, pos, ok, kept, slot, live = block(program, owners, cu, None, first, count, origin, span, T, C, 0, VARLEN)
+    n, at, _, pos, ok, kept, slot, live = block(
+        program, owners, cu, None, first, count, origin, span, T, C, 0, VARLEN, VARLEN
+    )
     if not live:
         return
     gradients_of_block(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from hybridzoo.kernels.fused.form import Form
@@ -76,7 +77,8 @@ class Launch:
         key: Any = None
         stream = None
         if torch.cuda.is_initialized():
-            key, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+            key = torch.cuda.current_device()
+            stream = triton.runtime.driver.active.get_current_stream(key)  # 20 times as fast as torch's public function
         if low % 16:
             key = (key, *(0 if values[i] is None else values[i] % 16 for i, _ in self._tensors))
         given: dict[str, Any] = {}

@@ -40,12 +40,13 @@ def grid_ends(seen, length, C: tl.constexpr):
 
 
 @triton.jit
-def scratch_slot(n, at, base, origin, span, CONTENT: tl.constexpr, VARLEN: tl.constexpr):
-    """Where block `at` of sequence `n` is in scratch memory, which holds `span` blocks of each from `origin` on."""
-    if (
-        VARLEN and CONTENT == 0
-    ):  # how many blocks a sequence has is data: all of them at once, numbered as they are kept
-        return base + at
+def scratch_slot(n, at, base, begin, origin, span, WHOLE: tl.constexpr):
+    """Where block `at` of sequence `n` is in scratch memory, which holds `span` blocks of each from `origin` on.
+
+    Where how many blocks a sequence has is data, it holds all of them (WHOLE), numbered as they are kept.
+    """
+    if WHOLE:
+        return base + at - begin
     else:
         return n * span + at - origin
 
@@ -66,28 +67,36 @@ def rows_of(at, row, start, length, seen, h, H, PLAIN: tl.constexpr, C: tl.const
 
 
 @triton.jit
-def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
-          VARLEN: tl.constexpr):  # fmt: skip
-    """Block number `program` of a window: its sequence, number, positions `[C]` and which are tokens; slots; any token?
+def block_at(n, at, cu, count0, first, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr,
+             WHOLE: tl.constexpr):  # fmt: skip
+    """Block `at` of sequence `n`: positions `[C]` and which are tokens; its slots; any token?
 
-    Returns `n, at, leads, pos, ok, kept, slot, live`: whether it is the window's first block with a token, `pos` in the
+    Returns `leads, pos, ok, kept, slot, live`: whether it is the first with a token from block `first` on, `pos` in the
     row of all tokens, `kept` and `slot` the block's place in what is kept for the backward pass and in scratch
     memory. Without a token (`live` false) `kept` has no meaning.
     """
-    if VARLEN and CONTENT == 0:
-        n = tl.load(owners + program)
-        start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
-        at = program - base
-    else:
-        n = program // count
-        at = first + program % count
-        start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
+    start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
     begin, end = grid_ends(seen, length, C)
     place = at * C - seen + tl.arange(0, C)
     kept = (base + at - begin).to(tl.int64)
-    slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64)
+    slot = scratch_slot(n, at, base, begin, origin, span, WHOLE).to(tl.int64)
     leads, live = at == tl.maximum(first, begin), (at >= begin) & (at < end)
-    return n, at, leads, start + place, (place >= 0) & (place < length), kept, slot, live
+    return leads, start + place, (place >= 0) & (place < length), kept, slot, live
+
+
+@triton.jit
+def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
+          VARLEN: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Block number `program` of a window, or of all (WHOLE): its sequence, its number there, and what block_at says."""
+    if WHOLE:
+        n = tl.load(owners + program)
+        _, _, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
+        at = program - base + seen // C
+    else:
+        n = program // count
+        at = first + program % count
+    leads, pos, ok, kept, slot, live = block_at(n, at, cu, count0, first, origin, span, T, C, CONTENT, VARLEN, WHOLE)
+    return n, at, leads, pos, ok, kept, slot, live
 
 
 @triton.jit

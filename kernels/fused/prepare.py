@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hybridzoo.kernels.fused.blocks import channel_factors, far_factors, scalar_factors
-from hybridzoo.kernels.fused.places import block
+from hybridzoo.kernels.fused.places import block, chunk_row, sequence
 from hybridzoo.kernels.fused.tile import exponential, inverse, l2_factors, load, load1, log_decay, mm, squash
 
 
@@ -39,7 +39,10 @@ def prepare_block(
     NORM: tl.constexpr, AGAIN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr,
     FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """Prepare one block of a value head. `chunk_at`: its content chunk's mean, and where the readout of it is."""
+    """Prepare one block of a value head.
+
+    `chunk_at`: its content chunk's mean `[V]`, then what is read of it: the readout `[K]`, `tanh` and its slope `[r]`.
+    """
     SOLVE: tl.constexpr = CORRECT > 0 and not AGAIN
     EXCLUSIVE: tl.constexpr = STORED and CORRECT > 0
     i = tl.arange(0, C)
@@ -60,7 +63,10 @@ def prepare_block(
             rv_ok = (rc < RANK)[:, None] & (every < V)[None, :]
             mean = tl.load(chunk_at + every, mask=every < V, other=0.0)
             U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + every[None, :], mask=rv_ok, other=0.0)
-            hidden = squash(mean, U1)
+            hidden, slope = squash(mean, U1)
+            if leads:  # no part of a mask, which the interpreter of Triton 3.9 makes a number of
+                tl.store(chunk_at + V + K + rc, hidden, mask=rc < RANK)  # for the backward pass, like u below
+                tl.store(chunk_at + V + K + RANK + rc, slope, mask=rc < RANK)
 
     for d in range(0, BK, D):
         kc = d + tl.arange(0, D)
@@ -86,8 +92,8 @@ def prepare_block(
                     kr_ok = k_ok[:, None] & (rc < RANK)[None, :]
                     U2 = tl.load(up + (hv * K + kc[:, None]) * RANK + rc[None, :], mask=kr_ok, other=0.0)
                     u = tl.sum(U2 * hidden[None, :], 1)
-                    if leads:  # no part of the mask, which the interpreter of Triton 3.9 makes a number of
-                        tl.store(chunk_at + V + kc, u, mask=k_ok)  # for the backward pass
+                    if leads:
+                        tl.store(chunk_at + V + kc, u, mask=k_ok)
             log_D, _ = log_decay(g, z, pos, ok, hv, HV, K, kc, k_ok, u, DECAY, ERASE, FLOOR, C, D)
             ref, end, a, b, ax, last, up_c, down_c = channel_factors(log_D, EXCLUSIVE, MODE, C, D)
             qa, kb, ea = qt * a, kt * b, ek * ax
@@ -129,22 +135,29 @@ def prepare_block(
 
 @triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
 def prepare_kernel(
-    q, k, g, z, e, owners, cu, W, qE, kZ, P, X, total, T, first, count, origin, span, scale, H, HV, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
-    CORRECT: tl.constexpr, STORED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, KEEP: tl.constexpr,
-    AGAIN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, MERGE: tl.constexpr, FLOOR: tl.constexpr,
+    q, k, g, z, e, owners, cu, count0, readouts, W, qE, kZ, P, X, total,
+    T, first, count, origin, span, scale, H, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, DECAY: tl.constexpr,
+    ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr, CONTENT: tl.constexpr, NORM: tl.constexpr,
+    VARLEN: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
+    MERGE: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """One program a block and value head, without a content gate."""
+    """One program a block and value head; with a content gate, whose readouts are known."""
     hv = tl.program_id(1)
     n, at, leads, pos, ok, kept, slot, live = block(
-        tl.program_id(0), owners, cu, None, first, count, origin, span, T, C, 0, VARLEN
+        tl.program_id(0), owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN, VARLEN
     )
     if not live:
         return
+    chunk_at = readouts
+    if CONTENT > 0:
+        start, _, _, _ = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
+        row = chunk_row(n, start, at * C // CONTENT, CONTENT).to(tl.int64)
+        chunk_at += (row * HV + hv) * (V + K + 2 * RANK)
     kept = kept * HV + hv
     slot = slot * HV + hv
     prepare_block(
-        q, k, g, z, e, None, None, None, W, qE, kZ, P, X, total, pos, ok, leads, slot, kept if KEEP else slot,
-        hv // (HV // H), hv, scale, H, HV, K, V, C, BK, BV, D, 1, 1, DECAY, ERASE, CORRECT, STORED, 0, NORM, AGAIN,
-        MODE, EXACT, MERGE, FLOOR,
+        q, k, g, z, e, None, None, chunk_at, W, qE, kZ, P, X, total, pos, ok, leads, slot, kept if KEEP else slot,
+        hv // (HV // H), hv, scale, H, HV, K, V, C, BK, BV, D, RANK, RANK, DECAY, ERASE, CORRECT, STORED, CONTENT, NORM,
+        AGAIN, MODE, EXACT, MERGE, FLOOR,
     )  # fmt: skip

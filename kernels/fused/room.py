@@ -21,8 +21,8 @@ def room(call: Call, save: bool) -> list[Tensor]:
     """Memory for the states at blocks' starts, transposed, N, (I + A)^-1, and what content chunks read.
 
     `[blocks, HV, V, K]`, `[blocks, HV, C, V]`, `[blocks, HV, C, C]` (no blocks without a correction), and `[rows, HV,
-    V + K]`: a chunk's mean and the readout of it, zeros where no chunk is. bf16 stays bf16; fp16, whose range is too
-    small for a state, becomes float32.
+    V + K + 2 r]`: a chunk's mean, the readout of it, and between them `tanh` and its slope; zeros where no chunk is.
+    bf16 stays bf16; fp16, whose range is too small for a state, becomes float32.
     """
     form = form_of(call)
     K, HV, V, C = form.K, form.HV, form.V, block_of(form, True)
@@ -32,7 +32,7 @@ def room(call: Call, save: bool) -> list[Tensor]:
         call.q.new_empty(blocks, HV, V, K, dtype=form.kept),
         call.q.new_empty(blocks, HV, C, V, dtype=form.kept),
         call.q.new_empty(corrected, HV, C, C, dtype=form.kept),
-        call.q.new_zeros(n_rows(form) if save else 0, HV, V + K, dtype=torch.float32),
+        call.q.new_zeros(n_rows(form) if save else 0, HV, row_size(form), dtype=torch.float32),
     ]
 
 
@@ -45,3 +45,8 @@ def n_blocks(form: Form, C: int) -> int:
 def n_rows(form: Form) -> int:
     """A bound on the rows of what content chunks read; `places.chunk_row` says where each sequence's begin."""
     return (form.B * form.T) // form.chunk + 2 * form.N if form.chunk else 0
+
+
+def row_size(form: Form) -> int:
+    """How many numbers a row of what content chunks read has."""
+    return form.V + form.K + 2 * form.rank

@@ -23,7 +23,7 @@ def scan_blocks(
     S, v, w, W, qE, kZ, P, X, total, o, states, news, lo, hi, n, start, length, seen, base, origin, span, h, hv, vc,
     scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
-    WRITE: tl.constexpr, PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr,
+    WRITE: tl.constexpr, PLAIN: tl.constexpr, CONTENT: tl.constexpr, WHOLE: tl.constexpr, SAVE: tl.constexpr,
     MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take the state `S^T [BV, BK]` of the value channels `vc` through blocks `lo` to `hi` of sequence `n`.
@@ -38,7 +38,7 @@ def scan_blocks(
     begin = seen // C
     o_sum = tl.zeros((BV,), tl.float32)
     for at in tl.range(lo, hi, num_stages=STAGES):
-        slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
+        slot = scratch_slot(n, at, base, begin, origin, span, WHOLE).to(tl.int64) * HV + hv
         kept = (base + at - begin).to(tl.int64) * HV + hv
         row = slot * C + i
         place, ok, key_row, key_ok = rows_of(at, row, start, length, seen, h, H, PLAIN, C)

@@ -24,7 +24,7 @@ def scan_back_blocks(
     dS, shared, W, qE, kZ, P, X, total, do, dstates, dnews, lo, hi, n, start, length, seen, base, origin, span, h, hv,
     vc, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
-    PLAIN: tl.constexpr, CONTENT: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
+    PLAIN: tl.constexpr, CONTENT: tl.constexpr, WHOLE: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take the gradient of the state `S^T [BV, BK]` back through blocks `hi` to `lo` of sequence `n`, and return it.
 
@@ -38,7 +38,7 @@ def scan_back_blocks(
     begin = seen // C
     for back in tl.range(lo, hi, num_stages=STAGES):
         at = lo + hi - 1 - back
-        slot = scratch_slot(n, at, base, origin, span, CONTENT, VARLEN).to(tl.int64) * HV + hv
+        slot = scratch_slot(n, at, base, begin, origin, span, WHOLE).to(tl.int64) * HV + hv
         tl.store(dstates + slot * K * V + vk_at, dS, mask=vk_ok)
         row = slot * C + i
         place, ok, key_row, key_ok = rows_of(at, row, start, length, seen, h, H, PLAIN, C)

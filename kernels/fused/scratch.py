@@ -34,40 +34,35 @@ def inputs(call: Call, form: Form, C: int) -> Tensors:
         "w": call.write,
         "down": call.down,
         "up": call.up,
-        "owners": _owners(call, form, C) if form.packed and not form.chunk else None,
+        "owners": _owners(call, form, C) if form.packed else None,
         "cu": call.cu_seqlens,
         "count0": call.count,
     }
 
 
-def span_of(form: Form, C: int) -> int:
-    """Blocks of a sequence that scratch memory is for at a time: all, or those of a content chunk."""
-    return -(-(form.chunk or form.T) // C)
-
-
 def window_blocks(form: Form, C: int, span: int) -> int:
-    """How many blocks a launch over `span` blocks of every sequence has."""
-    return n_blocks(form, C) if form.packed and not form.chunk else form.N * span
+    """How many blocks a launch over `span` blocks of every sequence has; of packed ones, which are data, over all."""
+    return n_blocks(form, C) if form.packed else form.N * span
 
 
 def new_blocks(call: Call, form: Form, C: int, blocks: int) -> Tensors:
-    """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`, and a content gate's
-    counters."""
+    """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`."""
 
     def new(*shape: int, dtype: torch.dtype = form.kept) -> Tensor:
         return call.q.new_empty(blocks, form.HV, *shape, dtype=dtype)
 
-    counters = None
-    if form.chunk:
-        counters = torch.zeros((1 + form.N * form.HV) * COUNTER.value, dtype=torch.int32, device=call.q.device)
     return {
         "W": new(C, form.K) if form.correct else None,
         "qE": call.q if form.plain else new(C, form.K),
         "kZ": call.k if form.plain else new(C, form.K),
         "P": new(C, C),
         "total": new(form.K, dtype=torch.float32) if form.decays else None,
-        "counters": counters,
     }
+
+
+def new_counters(form: Form, device: torch.device, windows: int = 1) -> Tensor:
+    """What the groups of a content gate's kernels count on, for each window: int32 `[windows, ...]`."""
+    return torch.zeros(windows, (1 + form.N * form.HV) * COUNTER.value, dtype=torch.int32, device=device)
 
 
 def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> Launch:
@@ -79,6 +74,8 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
         "BK": power(form.K),
         "BV": power(form.V),
         "D": cuts.prepare_k,
+        "CONTENT": form.chunk,
+        "RANK": form.rank,
         "KEEP": keep,
         "AGAIN": again,
     }
@@ -86,8 +83,8 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
     return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.dtypes)
 
 
-def scan(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
-    """The launch of a kernel that takes a window block after block, with what only this one is told."""
+def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any]) -> Launch:
+    """The launch of a kernel that goes through windows of `span` blocks, with what only this one is told."""
     constants = {
         **common(form),
         "C": cuts.block,
@@ -101,20 +98,19 @@ def scan(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
     }
     grid = (form.N * form.HV, -(-form.V // cuts.scan_v))
     schedule = options(cuts.scan_warps, cuts.scan_stages)
-    return Launch(kernel, grid, numbers(form, span_of(form, cuts.block)), constants, schedule, form.dtypes)
+    return Launch(kernel, grid, numbers(form, span), constants, schedule, form.dtypes)
 
 
-def chunks(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
+def chunks(kernel: Any, form: Form, cuts: Cuts, numbers: dict[str, float], own: dict[str, Any]) -> Launch:
     """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told."""
     constants = {
         **flags(form),
-        **inverse(form),
+        "WRITE": form.write,
         "GROUP": cuts.group,
         "C": cuts.block,
         "BK": power(form.K),
         "BV": cuts.scan_v,
         "EVERY": power(form.V),
-        "D": cuts.prepare_k,
         "BR": power(form.rank),
         "RANK": form.rank,
         "CONTENT": form.chunk,
@@ -122,7 +118,7 @@ def chunks(kernel: Any, form: Form, cuts: Cuts, own: dict[str, Any]) -> Launch:
         **own,
     }
     grid = (form.N * form.HV * cuts.group, 1)
-    return Launch(kernel, grid, numbers(form), constants, options(cuts.group_warps), form.dtypes)
+    return Launch(kernel, grid, numbers, constants, options(cuts.group_warps), form.dtypes)
 
 
 def inverse(form: Form) -> dict[str, str]:
@@ -136,6 +132,6 @@ def _owners(call: Call, form: Form, C: int) -> Tensor:
     """The sequence of each block of a packed row: int32 `[blocks]`."""
     cu = call.cu_seqlens
     assert cu is not None
-    first = cu[:-1] // C + torch.arange(form.N, device=cu.device)
+    first = cu[:-1] // C + torch.arange(form.N, device=cu.device) * (2 if form.chunk else 1)  # as places.sequence says
     blocks = torch.arange(n_blocks(form, C), device=cu.device)
     return (torch.searchsorted(first, blocks, right=True) - 1).int()

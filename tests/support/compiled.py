@@ -91,7 +91,7 @@ def planned(
     given |= dict(zip(("o", "S1", "sum1", "mean1"), ends, strict=True))
     d_ends = ends if content else [*ends[:2], None, None]
     given_back = backward.tensors(call, form, back, kept, call.v if norm else None, tuple(d_ends))
-    given_back |= {"d_sum": call.o_sum, "dmean0": call.o_mean}
+    given_back |= {"d_sum": call.o_sum, "dmean0": call.o_mean, "counters": call.count}
     return [(x, given) for x in forward.plan(form, True)] + [(x, given_back) for x in back.launches]
 
 
