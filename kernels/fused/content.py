@@ -53,8 +53,8 @@ def meet(counter, met, GROUP: tl.constexpr):
     return met
 
 
-# The two that follow are functions to the GPU as well: inlined, what the compiler takes out of the loop over chunks would
-# fill the registers that they work with. Such a function takes scalars and pointers.
+# The two that follow are functions to the GPU as well: inlined, what the compiler takes out of the loop over chunks
+# would fill the registers that they work with. Such a function takes scalars and pointers.
 @triton.jit(noinline=True)
 def prepare_one(
     q, k, g, z, e, down, up, chunk_at, cu, count0, W, qE, kZ, P, X, total, n, at, first, T, h, hv, scale, H, HV, K, V,

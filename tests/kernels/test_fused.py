@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +22,14 @@ import interpreted
 from compiled import planned, usage
 from registry_cases import flag_rows
 
+from hybridzoo.kernels.fused.launch import Launch
+
 TOLERANCE = 1e-5
 # Where spills go: bytes of stack that a thread may have. On Ampere a product's accumulators and operands both live in
 # registers; float32 and float16 operands take twice the room.
 STACK = {"bf16": 256, "bf16 on Ampere": 512, "4 bytes": 1024}
+# A content gate's kernels hold a state while they call functions, which leave registers there too.
+STACK_OF_GROUPS = 2048
 CAPABILITIES = (80, 90, 100)
 
 
@@ -83,9 +90,34 @@ def test_a_shipped_configuration_compiles_within_its_bounds(
     for launch, tensors in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, norm=packed):
         takes = usage(launch, tensors, capability)
         assert takes.shared <= MOST_SHARED * 1024, (launch.kernel.fn.__name__, takes)
-        assert takes.stack <= STACK[kind], (launch.kernel.fn.__name__, takes)
+        most = STACK_OF_GROUPS if "GROUP" in launch.constants else STACK[kind]
+        assert takes.stack <= most, (launch.kernel.fn.__name__, takes)
         # 32 registers and kilobytes of stack are what ptxas leaves when it gives up.
         assert takes.registers > 32, takes
+
+
+class _Kernel:
+    """What a Launch asks of a kernel, and what compiled ones do: nothing."""
+
+    arg_names = ("x", "n")
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., _Kernel]:
+        return lambda *arguments, **named: self
+
+
+def test_tensors_are_freed_when_the_last_start_has_returned() -> None:
+    gc.disable()  # else circles are freed as well, some time
+    try:
+        for _ in range(2):  # compiled, and then found compiled
+            x = torch.zeros(3)
+            alive, launch = weakref.ref(x), Launch(_Kernel(), (1, 1), {"n": 1}, {}, {}, ())
+            start = launch.starter({"x": x})
+            start()
+            start(n=2)
+            del x, start
+            assert alive() is None
+    finally:
+        gc.enable()
 
 
 def _call(K: int = 16, V: int = 16, dtype: torch.dtype = torch.float32, chunk: int = 0, r: int = 2) -> dict[str, Any]:

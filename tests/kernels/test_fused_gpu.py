@@ -151,6 +151,16 @@ def _results(case: Problem, backend: str, dtype: torch.dtype = torch.bfloat16) -
     return {n: x for n, x in found.items() if x is not None and x.numel()}
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("row, B, size", [("gdn2", 16, 128), ("carve", 8, 128), ("carve", 48, 64), ("carve", 48, 128)])
+@pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
+def test_it_stays_so_over_more_heads_than_run_at_once(row: str, B: int, size: int, record_property: Any) -> None:
+    case = on_gpu(make_problem(**ROWS[row], T=150, B=B, H=16, K=size, V=size), torch.bfloat16)
+    errors, over = _compared(case, torch.bfloat16)
+    assert not over
+    record_property("errors", errors)
+
+
 @pytest.mark.parametrize("row", ["gdn2", "carve"])
 def test_two_runs_give_the_same_bits(row: str) -> None:
     case = on_gpu(make_problem(**ROWS[row], T=300, K=64, V=64, H=2), torch.bfloat16)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from delta_problems import FLAGS, Problem, assert_close, make_problem, problems, relative_error
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hybridzoo.kernels import ContentGate, DeltaState, gated_delta_rule
@@ -29,7 +29,9 @@ def test_the_chunkwise_form_is_the_recurrence_in_float64(problem: Problem) -> No
 @given(problem=problems(K=7, V=6))
 def test_the_chunkwise_form_in_float32_stays_within_its_tolerance(problem: Problem) -> None:
     # Inputs are rounded first, so that both see the same problem. A state of one number is left to float64: its
-    # gradient is a single sum that may cancel, and then no relative error of it is small.
+    # gradient is a single sum that may cancel, and then no relative error of it is small. So is one token: what it
+    # reads of itself is the product of `q k`, a single sum, with its value.
+    assume(problem.tensors["q"].shape[:3].numel() > 1)
     single = problem.to(torch.float32)
     assert_close(single.results("torch"), single.to(torch.float64).results("reference"), 4e-6)
 
