@@ -43,8 +43,8 @@ RANK = 16
 
 
 def inputs(row: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor]:
-    """Leaves of a call: unit keys and queries, weak decays, gates in (0, 1)."""
-    decay, erase, correct, write, _, _ = ROWS[row]
+    """Leaves of a call: unit keys and queries, weak decays, gates in (0, 1), a content gate's pair in float32."""
+    decay, erase, correct, write, _, chunk = ROWS[row]
 
     def draw(kind: str, of: Callable[..., Tensor]) -> Tensor | None:
         shape = {"scalar": (B, T, H), "channel": (B, T, H, D)}.get(kind)
@@ -62,20 +62,18 @@ def inputs(row: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor]:
     }
     if correct == write == "scalar":  # tied
         drawn["write"] = drawn["correct"]
+    if chunk:
+        drawn["down"] = torch.randn(H, RANK, D, device="cuda") / D**0.5
+        drawn["up"] = torch.randn(H, D, RANK, device="cuda") / 10
     return {name: x.requires_grad_() for name, x in drawn.items() if x is not None}
 
 
 def ours(row: str, x: dict[str, Tensor]) -> Tensor:
     """The row of flags by `gated_delta_rule`."""
     *_, predict, chunk = ROWS[row]
-    content = None
-    if chunk:
-        H, D = x["q"].shape[2:]
-        generator = torch.Generator("cuda").manual_seed(0)
-        down = torch.randn(H, RANK, D, device="cuda", generator=generator) / D**0.5
-        up = torch.randn(H, D, RANK, device="cuda", generator=generator) / 10
-        content = ContentGate(down, up, chunk)
-    return gated_delta_rule(**x, content=content, predict=predict, backend="triton")[0]
+    gates = {name: value for name, value in x.items() if name not in ("down", "up")}
+    content = ContentGate(x["down"], x["up"], chunk) if chunk else None
+    return gated_delta_rule(**gates, content=content, predict=predict, backend="triton")[0]
 
 
 def fla_side(row: str, x: dict[str, Tensor]) -> Tensor:
