@@ -123,7 +123,7 @@ def _gradients(form: Form, cut: Cuts, span: int, of_states: bool, of_pairs: bool
         "WRITE": form.write,
     }
     grid = (window_blocks(form, cut.block, span) * (power(form.K) // mine), form.HV)
-    return Launch(gradients_kernel, grid, numbers(form, span), constants, options(warps), form.dtypes)
+    return Launch(gradients_kernel, grid, numbers(form, span), constants, options(warps), form.kinds)
 
 
 def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | None, d_results: Results) -> Tensors:

@@ -7,7 +7,7 @@ N sequences.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Form(NamedTuple):
         dtype = self.dtypes[0]
         assert dtype is not None
         return dtype
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """What the dtypes of all tensors follow from that a launch is given, and which of them are None."""
+        return (*self.dtypes, self.H == self.HV)  # gradients that value heads share are summed in float32
 
     @property
     def decays(self) -> bool:

@@ -80,7 +80,7 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
         "AGAIN": again,
     }
     grid = (window_blocks(form, cuts.block, span), form.HV)
-    return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.dtypes)
+    return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.kinds)
 
 
 def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any]) -> Launch:
@@ -98,7 +98,7 @@ def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any]) ->
     }
     grid = (form.N * form.HV, -(-form.V // cuts.scan_v))
     schedule = options(cuts.scan_warps, cuts.scan_stages)
-    return Launch(kernel, grid, numbers(form, span), constants, schedule, form.dtypes)
+    return Launch(kernel, grid, numbers(form, span), constants, schedule, form.kinds)
 
 
 def chunks(kernel: Any, form: Form, cuts: Cuts, numbers: dict[str, float], own: dict[str, Any]) -> Launch:
@@ -118,7 +118,7 @@ def chunks(kernel: Any, form: Form, cuts: Cuts, numbers: dict[str, float], own: 
         **own,
     }
     grid = (form.N * form.HV * cuts.group, 1)
-    return Launch(kernel, grid, numbers, constants, options(cuts.group_warps), form.dtypes)
+    return Launch(kernel, grid, numbers, constants, options(cuts.group_warps), form.kinds)
 
 
 def inverse(form: Form) -> dict[str, str]:

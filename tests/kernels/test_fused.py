@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def test_a_shipped_configuration_compiles_within_its_bounds(
         assert takes.stack <= most, (launch.kernel.fn.__name__, takes)
         # 32 registers and kilobytes of stack are what ptxas leaves when it gives up.
         assert takes.registers > 32, takes
+
+
+def test_launches_that_share_what_is_compiled_are_given_tensors_of_the_same_dtypes() -> None:
+    seen: dict[Any, Any] = {}
+    for row in ("linear_attention", "gdn2", "carve"):
+        for dtype, K in itertools.product(DTYPES.values(), (64, 128)):
+            for heads, group, norm, packed in itertools.product((2, 4), (1, 2), (False, True), (False, True)):
+                for launch, tensors in planned(ROWS[row], K, 64, dtype, packed, heads=heads, group=group, norm=norm):
+                    given = [tensors.get(name) for name in launch.kernel.arg_names]
+                    dtypes = [None if x is None else x.dtype for x in given]
+                    assert seen.setdefault(launch._key, dtypes) == dtypes, (
+                        launch.kernel.fn.__name__,
+                        row,
+                        heads,
+                        group,
+                    )
+    assert len(seen) > 50
 
 
 class _Kernel:

@@ -49,9 +49,11 @@ def planned(
     rank: int = 16,
     heads: int = 16,
     norm: bool = False,
+    group: int = 1,
 ) -> list[tuple[Launch, Tensors]]:
     """The launches of a call with these five flags, forward and backward, as the host would make them, and tensors."""
     B, T, N = (1, 4096, 3) if packed else (2, 2048, 2)
+    HV = heads * group
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -60,23 +62,23 @@ def planned(
         return empty(*shape, dtype=torch.float32)
 
     def gate(flag: str, dim: int) -> torch.Tensor | None:
-        return {"scalar": empty(B, T, heads), "channel": empty(B, T, heads, dim)}.get(flags[flag])
+        return {"scalar": empty(B, T, HV), "channel": empty(B, T, HV, dim)}.get(flags[flag])
 
     content = flags["erase"] == "content"
     tail = V if content else 0
     call = Call(
         q=empty(B, T, heads, K),
         k=empty(B, T, heads, K),
-        v=empty(B, T, heads, V),
+        v=empty(B, T, HV, V),
         log_decay=gate("decay", K),
-        erase_logits=None if flags["erase"] == "none" else empty(B, T, heads, K),
-        down=single(heads, rank, V) if content else None,
-        up=single(heads, K, rank) if content else None,
+        erase_logits=None if flags["erase"] == "none" else empty(B, T, HV, K),
+        down=single(HV, rank, V) if content else None,
+        up=single(HV, K, rank) if content else None,
         correct=gate("correct", K),
         write=gate("write", V),
-        S=single(N, heads, K, V),
-        o_sum=single(N, heads, tail),
-        o_mean=single(N, heads, tail),
+        S=single(N, HV, K, V),
+        o_sum=single(N, HV, tail),
+        o_mean=single(N, HV, tail),
         count=empty(N, dtype=torch.int32),
         cu_seqlens=empty(N + 1, dtype=torch.int64) if packed else None,
         stored=flags["predict"] == "stored",
