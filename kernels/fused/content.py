@@ -26,7 +26,7 @@ from hybridzoo.kernels.fused.prepare import prepare_block
 from hybridzoo.kernels.fused.scan import scan_blocks
 from hybridzoo.kernels.fused.scan_back import scan_back_blocks
 
-# Numbers between the counters of two groups, so that no two are in one line of the cache.
+# Numbers from one group's counter to the next, so that no two are in one line of the cache.
 COUNTER = tl.constexpr(32)
 
 

@@ -1,4 +1,5 @@
-"""What a block of tokens does to the state, without knowing the state: all blocks of a window at once.
+"""What a block of tokens does to the state, without knowing the state: all blocks of a window at once, or, forward with
+a content gate, those of one chunk (content.py).
 
 `W = e k exp(G')`, `P`, `q exp(G)`, `k exp(G_last - G)`, `exp(G_last)` and `X = (I + A)^-1`. A second run, for the
 backward pass (AGAIN), takes the readout that the first one left, and leaves X out.

@@ -21,8 +21,8 @@ def room(call: Call, save: bool) -> list[Tensor]:
     """Memory for the states at blocks' starts, transposed, N, (I + A)^-1, and what content chunks read.
 
     `[blocks, HV, V, K]`, `[blocks, HV, C, V]`, `[blocks, HV, C, C]` (no blocks without a correction), and `[rows, HV,
-    V + K + 2 r]`: a chunk's mean, the readout of it, and between them `tanh` and its slope; zeros where no chunk is.
-    bf16 stays bf16; fp16, whose range is too small for a state, becomes float32.
+    V + K + 2 r]`: a chunk's mean, the readout of it, and the `tanh` that leads to it with its slope; zeros where no
+    chunk is. bf16 stays bf16; fp16, whose range is too small for a state, becomes float32.
     """
     form = form_of(call)
     K, HV, V, C = form.K, form.HV, form.V, block_of(form, True)

@@ -4,7 +4,7 @@
 as `S^T [V, K]`: then a row of every product belongs to a row of S^T, and no warp needs another's part. Where nothing
 fades (PLAIN), qE and kZ are the queries and keys themselves.
 
-With a content gate a window is one content chunk, and ends in the mean of its outputs, which the next chunk reads.
+With a content gate the sum of a chunk's outputs is taken along, whose mean the next chunk reads (content.py).
 
 Shapes: C slots in a block, K key dim, V value dim, HV value heads, T tokens, N sequences, L content chunk.
 """

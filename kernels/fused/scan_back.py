@@ -6,8 +6,7 @@ W^T R^`, held as `S^T [V, K]`. qE and kZ are as in scan.py.
 With a content gate every output of a chunk has a share in the mean that the next chunk reads: once that chunk's
 gradients are known, so is what is added to this one's.
 
-Shapes: C slots in a block, K key dim, V value dim, HV value heads, T tokens, N sequences, L content chunk, r content
-rank.
+Shapes: C slots in a block, K key dim, V value dim, HV value heads, T tokens, N sequences, L content chunk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What both passes are made of: scratch memory of a window, the launch that fills it, and that of a scan.
+"""What both passes are made of: scratch memory, the launch that fills it, that of a scan, and with a content gate that
+of a group's kernel and what it counts on.
 
 Shapes: H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences.
 """

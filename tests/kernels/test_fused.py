@@ -102,7 +102,9 @@ def test_launches_that_share_what_is_compiled_are_given_tensors_of_the_same_dtyp
     for row in ("linear_attention", "gdn2", "carve"):
         for dtype, K in itertools.product(DTYPES.values(), (64, 128)):
             for heads, group, norm, packed in itertools.product((2, 4), (1, 2), (False, True), (False, True)):
-                for launch, tensors in planned(ROWS[row], K, 64, dtype, packed, heads=heads, group=group, norm=norm):
+                for launch, tensors in planned(
+                    ROWS[row], K, 64, dtype, packed, heads=heads, group=group, norm=norm, inference=True
+                ):
                     given = [tensors.get(name) for name in launch.kernel.arg_names]
                     dtypes = [None if x is None else x.dtype for x in given]
                     assert seen.setdefault(launch._key, dtypes) == dtypes, (
@@ -126,9 +128,10 @@ class _Kernel:
 def test_tensors_are_freed_when_the_last_start_has_returned() -> None:
     gc.disable()  # else circles are freed as well, some time
     try:
+        kernel = _Kernel()
         for _ in range(2):  # compiled, and then found compiled
             x = torch.zeros(3)
-            alive, launch = weakref.ref(x), Launch(_Kernel(), (1, 1), {"n": 1}, {}, {}, ())
+            alive, launch = weakref.ref(x), Launch(kernel, (1, 1), {"n": 1}, {}, {}, ())
             start = launch.starter({"x": x})
             start()
             start(n=2)

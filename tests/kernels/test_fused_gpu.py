@@ -42,6 +42,8 @@ SHIPPED = [
 ]
 SHIPPED.sort(key=lambda of: "carve" not in of[0])  # the slowest first, so that workers end together
 LONG = [*((row, 4097) for row in ROWS), *((row, 65_536) for row in ("gla", "mamba2", "gdn2", "carve"))]
+# Rows, batch and head size, over 16 heads: groups of 4, 1, 2 and 8 programs with a content gate, and no end of them.
+MANY = [("gdn2", 16, 128), ("carve", 8, 128), ("carve", 48, 64), ("carve", 48, 128), ("carve", 24, 256)]
 DRAWS = 20
 
 
@@ -152,7 +154,7 @@ def _results(case: Problem, backend: str, dtype: torch.dtype = torch.bfloat16) -
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("row, B, size", [("gdn2", 16, 128), ("carve", 8, 128), ("carve", 48, 64), ("carve", 48, 128)])
+@pytest.mark.parametrize("row, B, size", MANY)
 @pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
 def test_it_stays_so_over_more_heads_than_run_at_once(row: str, B: int, size: int, record_property: Any) -> None:
     case = on_gpu(make_problem(**ROWS[row], T=150, B=B, H=16, K=size, V=size), torch.bfloat16)

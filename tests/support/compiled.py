@@ -30,6 +30,9 @@ TYPES = {
 }
 
 
+ENDS = ("o", "S1", "sum1", "mean1")
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a compiled kernel takes: bytes of shared memory a block, and of stack (where spills go) a thread."""
@@ -50,8 +53,12 @@ def planned(
     heads: int = 16,
     norm: bool = False,
     group: int = 1,
+    inference: bool = False,
 ) -> list[tuple[Launch, Tensors]]:
-    """The launches of a call with these five flags, forward and backward, as the host would make them, and tensors."""
+    """The launches of a call with these five flags, forward and backward, as the host would make them, and tensors.
+
+    With `inference` also those of a forward pass that keeps nothing.
+    """
     B, T, N = (1, 4096, 3) if packed else (2, 2048, 2)
     HV = heads * group
 
@@ -90,11 +97,14 @@ def planned(
     form, kept, ends = form_of(call), room(call, True), [call.v, call.S, call.o_sum, call.o_mean]
     back = backward.plan(form)
     given = forward.tensors(call, form, kept, True)
-    given |= dict(zip(("o", "S1", "sum1", "mean1"), ends, strict=True))
+    given |= dict(zip(ENDS, ends, strict=True))
     d_ends = ends if content else [*ends[:2], None, None]
     given_back = backward.tensors(call, form, back, kept, call.v if norm else None, tuple(d_ends))
     given_back |= {"d_sum": call.o_sum, "dmean0": call.o_mean, "counters": call.count}
-    return [(x, given) for x in forward.plan(form, True)] + [(x, given_back) for x in back.launches]
+    without = forward.tensors(call, form, room(call, False), False) | {name: given[name] for name in ENDS}
+    launches = [(x, without) for x in forward.plan(form, False)] if inference else []
+    launches += [(x, given) for x in forward.plan(form, True)]
+    return launches + [(x, given_back) for x in back.launches]
 
 
 def usage(planned: Launch, tensors: Tensors, capability: int) -> Usage:
