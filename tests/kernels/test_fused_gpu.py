@@ -42,7 +42,8 @@ SHIPPED = [
 ]
 SHIPPED.sort(key=lambda of: "carve" not in of[0])  # the slowest first, so that workers end together
 LONG = [*((row, 4097) for row in ROWS), *((row, 65_536) for row in ("gla", "mamba2", "gdn2", "carve"))]
-# Rows, batch and head size, over 16 heads: groups of 4, 1, 2 and 8 programs with a content gate, and no end of them.
+# Rows, batch and head size, over 16 heads. Groups of carve's have 4, 1, 2 and 8 programs. An H100 runs some 528 at
+# once: the first may all run, and of the last two most wait to start.
 MANY = [("gdn2", 16, 128), ("carve", 8, 128), ("carve", 48, 64), ("carve", 48, 128), ("carve", 24, 256)]
 DRAWS = 20
 
