@@ -18,7 +18,7 @@ ORDER = ["kernels", "mixers", "blocks", "architectures", "training", "studies", 
 # What a layer may use from outside; a name that is missing here is a new dependency, and belongs in pyproject.toml too.
 OUTSIDE = {
     "kernels": {"torch", "triton"},
-    "mixers": {"torch", "einops"},
+    "mixers": {"torch", "einops", "flash_attn", "xformers"},
     "blocks": {"torch"},
     "architectures": {"torch", "omegaconf", "yaml", "transformers", "safetensors"},
     "training": {"torch", "omegaconf", "rich", "safetensors", "tensorboard"},

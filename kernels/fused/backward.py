@@ -97,7 +97,7 @@ def plan(form: Form) -> Plan:
     launches = [prepare(form, cut, span, keep=True, again=True)]
     if form.chunk:
         own = {"STATES_K": cut.states_k, "STATES_V": cut.states_v, "PAIRS_K": cut.pairs_k}
-        launches += [chunks(backward_kernel, form, cut, numbers(form, span), own)]
+        launches += [chunks(backward_kernel, form, cut, span, own)]
     else:
         steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
         launches += [scan(scan_back_kernel, form, cut, span, {})]

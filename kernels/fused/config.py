@@ -19,6 +19,9 @@ from hybridzoo.kernels.fused.form import Form
 # KiB of shared memory that a program of any kernel may take: every GPU of compute capability 8.0 and later has 99.
 MOST_SHARED = 96
 
+# Sequences times heads below which a GPU is not filled, so that what a head does one after another is all that counts.
+FEW = 64
+
 
 def options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
     """What a launch says to the compiler of a kernel."""
@@ -46,7 +49,7 @@ class Cuts(NamedTuple):
     scan_warps: int
     scan_stages: int
     apart: bool  # a launch for each of the two steps of the gradients
-    states_k: int  # key channels of a program of the first step, or of both
+    states_k: int  # key channels of a program of the first step, or of both; of both too with a content gate
     states_v: int
     states_warps: int
     pairs_k: int  # key channels at a time in the second step
@@ -60,7 +63,7 @@ def block_of(form: Form, save: bool) -> int:
     whose scan is what takes long. Otherwise 16: faster to prepare, and in float32 the sums of decays stay short. With a
     content gate too, where a chunk's blocks are all that can be worked on at a time."""
     narrow = form.dtype == torch.bfloat16 and not form.chunk
-    return 32 if narrow and (save or form.N * form.HV < 64) else 16
+    return 32 if narrow and (save or form.N * form.HV < FEW) else 16
 
 
 def cuts_of(form: Form, save: bool) -> Cuts:
@@ -87,17 +90,17 @@ def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, s
         scan_v = V
     return Cuts(
         block=block,
-        prepare_k=min(K, 64 if narrow and content else 32),
+        prepare_k=min(K, 32),
         prepare_warps=1 if narrow and block == 16 else 2,
         scan_v=scan_v,
         scan_warps=4 if narrow or K <= 128 else 8,
-        scan_stages=(2 if block == 32 else 3) if narrow else 1,
+        scan_stages=1 if not narrow else 2 if content or K > 128 or (block == 32 and heads >= FEW) else 3,
         apart=channels,
         states_k=min(K, 64 if narrow else 32),
-        states_v=min(V, (128 if block == 32 and max(K, V) <= 128 else 64) if narrow else 32),
+        states_v=min(V, (128 if block == 32 and max(K, V) <= 128 else 64) if narrow else 16),
         states_warps=4 if block == 32 else 2,
-        pairs_k=min(K, 16 if block == 32 else 32),
+        pairs_k=min(K, 32 if narrow and block == 16 else 16),
         pairs_warps=2,
         group=V // scan_v,
-        group_warps=2 if narrow else 4,
+        group_warps=2 if narrow else 4 if K <= 128 else 8,
     )

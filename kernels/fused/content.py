@@ -94,8 +94,8 @@ def gradients_of_one(
             CONTENT, NORM, MODE, FLOOR,
         )  # fmt: skip
     elif not STATES:
-        kc = tl.arange(0, BK)
-        tl.store(du_at + kc, tl.zeros((BK,), tl.float32), mask=kc < K)
+        kc = begin + tl.arange(0, MINE)
+        tl.store(du_at + kc, tl.zeros((MINE,), tl.float32), mask=kc < K)
 
 
 @triton.jit(do_not_specialize=["T"])  # a new length compiles nothing
@@ -172,11 +172,11 @@ def through_readout(du_blocks, du_row, hidden_at, down, up, n, hv, vc, HV, K, V,
     return tl.sum(U1 * d_hidden[:, None], 0)
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
 def backward_kernel(
     q, k, v, g, z, e, w, down, up, cu, count0, W, qE, kZ, P, X, total, counters, states, news, readouts, o, do,
     dS1, dsum1, dmean1, dstates, dnews, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_blocks, du_rows, dS0, d_sum,
-    dmean0, T, first, count, origin, span, scale, H, HV, K, V,
+    dmean0, T, first, count, scale, H, HV, K, V,
     GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr,
     STATES_K: tl.constexpr, STATES_V: tl.constexpr, PAIRS_K: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
@@ -217,25 +217,26 @@ def backward_kernel(
         tl.store(d_sum + v_at, shared, mask=v_ok)
         dS = scan_back_blocks(
             dS, shared, W, qE, kZ, P, X, total, do, dstates, dnews, tl.maximum(at, begin), tl.minimum(at + SPAN, end),
-            n, start, length, seen, base, origin, span, h, hv, vc, scale, H, HV, K, V, C, BK, BV, True, CORRECT > 0,
+            n, start, length, seen, base, first, count, h, hv, vc, scale, H, HV, K, V, C, BK, BV, True, CORRECT > 0,
             False, CONTENT, VARLEN, MODE, STAGES,
         )  # fmt: skip
         met = meet(counter, met, GROUP)
         for item in range(part, SPAN * PARTS, GROUP):
             gradients_of_one(
                 q, k, v, g, z, e, w, None, cu, count0, states, dstates, news, dnews, o, do, d_sum, qE, kZ, W, total, dP,
-                dA, along, dq, dk, dv, dg, dz, de, dw, None, n, at + item // PARTS, item % PARTS * STATES_K, origin,
-                span, T, h, hv, scale, H, HV, K, V, C, BK, EVERY, STATES_K, STATES_K, STATES_V, True, DECAY, ERASE,
+                dA, along, dq, dk, dv, dg, dz, de, dw, None, n, at + item // PARTS, item % PARTS * STATES_K, first,
+                count, T, h, hv, scale, H, HV, K, V, C, BK, EVERY, STATES_K, STATES_K, STATES_V, True, DECAY, ERASE,
                 CORRECT, WRITE, STORED, CONTENT, NORM, VARLEN, MODE, FLOOR,
             )  # fmt: skip
         met = meet(counter, met, GROUP)
-        for b in range(part, SPAN, GROUP):
+        for item in range(part, SPAN * PARTS, GROUP):
+            b = item // PARTS
             du_at = du_blocks + ((n * SPAN + b).to(tl.int64) * HV + hv) * K
             gradients_of_one(
                 q, k, v, g, z, e, w, chunk_at + V, cu, count0, states, dstates, news, dnews, o, do, d_sum, qE, kZ, W,
-                total, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_at, n, at + b, 0, origin, span, T, h, hv, scale, H,
-                HV, K, V, C, BK, EVERY, BK, PAIRS_K, STATES_V, False, DECAY, ERASE, CORRECT, WRITE, STORED, CONTENT,
-                NORM, VARLEN, MODE, FLOOR,
+                total, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_at, n, at + b, item % PARTS * STATES_K, first,
+                count, T, h, hv, scale, H, HV, K, V, C, BK, EVERY, STATES_K, PAIRS_K, STATES_V, False, DECAY, ERASE,
+                CORRECT, WRITE, STORED, CONTENT, NORM, VARLEN, MODE, FLOOR,
             )  # fmt: skip
         met = meet(counter, met, GROUP)
         d_mean += through_readout(

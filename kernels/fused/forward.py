@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridzoo.kernels.fused.config import block_of, cuts_of
 from hybridzoo.kernels.fused.content import forward_kernel
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import Launch, numbers, on_device
+from hybridzoo.kernels.fused.launch import Launch, on_device
 from hybridzoo.kernels.fused.room import n_rows, row_size
 from hybridzoo.kernels.fused.scan import scan_kernel
 from hybridzoo.kernels.fused.scratch import (
@@ -50,7 +50,7 @@ def plan(form: Form, save: bool) -> list[Launch]:
     cut = cuts_of(form, save)
     if form.chunk:
         own = {**inverse(form), "D": cut.prepare_k, "SAVE": save}
-        return [chunks(forward_kernel, form, cut, numbers(form), own)]
+        return [chunks(forward_kernel, form, cut, None, own)]
     span = -(-form.T // cut.block)
     ahead = prepare(form, cut, span, keep=save, again=False)
     return [ahead, scan(scan_kernel, form, cut, span, {"WRITE": form.write, "SAVE": save})]
@@ -66,7 +66,7 @@ def tensors(call: Call, form: Form, room: list[Tensor], save: bool) -> Tensors:
         if form.chunk:
             readouts = call.q.new_empty(n_rows(form), form.HV, row_size(form), dtype=torch.float32)
     return {
-        **inputs(call, form, C),
+        **inputs(call, form, C, owned=not form.chunk),
         **new_blocks(call, form, C, blocks),
         "X": inverses if form.correct else None,
         "S0": call.S,

@@ -320,10 +320,10 @@ def gradients_of_block(
                     tl.store(along_at + C, along_k)
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
 def gradients_kernel(
     q, k, v, g, z, e, w, owners, cu, states, dstates, news, dnews, o, do, d_qE, d_kZ, d_eE, d_total, dP, dA, along,
-    dq, dk, dv, dg, dz, de, dw, T, first, count, origin, span, scale, H, HV, K, V,
+    dq, dk, dv, dg, dz, de, dw, T, first, count, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MINE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     STATES: tl.constexpr, PAIRS: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr,
     WRITE: tl.constexpr, STORED: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr,
@@ -331,9 +331,7 @@ def gradients_kernel(
 ):  # fmt: skip
     """One program a block, value head and MINE of the key channels, without a content gate."""
     program, hv = tl.program_id(0) // (BK // MINE), tl.program_id(1)
-    n, at, _, pos, ok, kept, slot, live = block(
-        program, owners, cu, None, first, count, origin, span, T, C, 0, VARLEN, VARLEN
-    )
+    n, at, _, pos, ok, kept, slot, live = block(program, owners, cu, None, first, count, T, C, 0, VARLEN, VARLEN)
     if not live:
         return
     gradients_of_block(

@@ -77,9 +77,8 @@ class Launch:
         stream = None
         if torch.cuda.is_initialized():
             key = torch.cuda.current_device()
-            stream = torch._C._cuda_getCurrentRawStream(
-                key
-            )  # as Triton does: torch's public way takes 20 times as long
+            # As Triton does: torch's public way takes 20 times as long.
+            stream = torch._C._cuda_getCurrentRawStream(key)
         if low % 16:
             key = (key, *(0 if values[i] is None else values[i] % 16 for i, _ in self._tensors))
         given: dict[str, Any] = {}
@@ -141,5 +140,5 @@ def numbers(form: Form, span: int | None = None) -> dict[str, float]:
 
 
 def window(first: int, count: int) -> dict[str, int]:
-    """A window of `count` blocks of every sequence from `first` on, with scratch memory of its own."""
-    return {"first": first, "count": count, "origin": first, "span": count}
+    """A window of `count` blocks of every sequence from `first` on, which scratch memory is for."""
+    return {"first": first, "count": count}

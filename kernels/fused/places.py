@@ -85,7 +85,7 @@ def block_at(n, at, cu, count0, first, origin, span, T, C: tl.constexpr, CONTENT
 
 
 @triton.jit
-def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.constexpr, CONTENT: tl.constexpr,
+def block(program, owners, cu, count0, first, count, T, C: tl.constexpr, CONTENT: tl.constexpr,
           VARLEN: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """Block number `program` of a window, or of all (WHOLE): its sequence, its number there, and what block_at says."""
     if WHOLE:
@@ -95,7 +95,7 @@ def block(program, owners, cu, count0, first, count, origin, span, T, C: tl.cons
     else:
         n = program // count
         at = first + program % count
-    leads, pos, ok, kept, slot, live = block_at(n, at, cu, count0, first, origin, span, T, C, CONTENT, VARLEN, WHOLE)
+    leads, pos, ok, kept, slot, live = block_at(n, at, cu, count0, first, first, count, T, C, CONTENT, VARLEN, WHOLE)
     return n, at, leads, pos, ok, kept, slot, live
 
 

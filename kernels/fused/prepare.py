@@ -134,11 +134,11 @@ def prepare_block(
         tl.store(X + (x_slot * C + r) * C + c, Xt)
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
 def prepare_kernel(
     q, k, g, z, e, owners, cu, count0, readouts, W, qE, kZ, P, X, total,
-    T, first, count, origin, span, scale, H, HV, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, DECAY: tl.constexpr,
+    T, first, count, scale, H, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, DECAY: tl.constexpr,
     ERASE: tl.constexpr, CORRECT: tl.constexpr, STORED: tl.constexpr, CONTENT: tl.constexpr, NORM: tl.constexpr,
     VARLEN: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     MERGE: tl.constexpr, FLOOR: tl.constexpr,
@@ -146,7 +146,7 @@ def prepare_kernel(
     """One program a block and value head; with a content gate, whose readouts are known."""
     hv = tl.program_id(1)
     n, at, leads, pos, ok, kept, slot, live = block(
-        tl.program_id(0), owners, cu, count0, first, count, origin, span, T, C, CONTENT, VARLEN, VARLEN
+        tl.program_id(0), owners, cu, count0, first, count, T, C, CONTENT, VARLEN, VARLEN
     )
     if not live:
         return
@@ -159,6 +159,6 @@ def prepare_kernel(
     slot = slot * HV + hv
     prepare_block(
         q, k, g, z, e, None, None, chunk_at, W, qE, kZ, P, X, total, pos, ok, leads, slot, kept if KEEP else slot,
-        hv // (HV // H), hv, scale, H, HV, K, V, C, BK, BV, D, RANK, RANK, DECAY, ERASE, CORRECT, STORED, CONTENT, NORM,
+        hv // (HV // H), hv, scale, H, HV, K, V, C, BK, 1, D, 1, RANK, DECAY, ERASE, CORRECT, STORED, CONTENT, NORM,
         AGAIN, MODE, EXACT, MERGE, FLOOR,
     )  # fmt: skip

@@ -71,9 +71,9 @@ def scan_blocks(
     return S, o_sum
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
 def scan_kernel(
-    v, w, W, qE, kZ, P, X, total, S0, cu, o, S1, states, news, T, first, count, origin, span, scale, H, HV, K, V,
+    v, w, W, qE, kZ, P, X, total, S0, cu, o, S1, states, news, T, first, count, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
     WRITE: tl.constexpr, PLAIN: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -88,7 +88,7 @@ def scan_kernel(
     S = tl.load(S0 + ends_at, mask=ends_ok, other=0.0)
     S, _ = scan_blocks(
         S, v, w, W, qE, kZ, P, X, total, o, states, news, first, tl.minimum(first + count, end), n, start, length, seen,
-        base, origin, span, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, WRITE, PLAIN, 0,
+        base, first, count, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, WRITE, PLAIN, 0,
         VARLEN, SAVE, MODE, STAGES,
     )  # fmt: skip
     tl.store(S1 + ends_at, S, mask=ends_ok)

@@ -65,9 +65,9 @@ def scan_back_blocks(
     return dS
 
 
-@triton.jit(do_not_specialize=["T", "first", "count", "origin", "span"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
 def scan_back_kernel(
-    W, qE, kZ, P, X, total, do, dS1, cu, dS0, dstates, dnews, T, first, count, origin, span, scale, H, HV, K, V,
+    W, qE, kZ, P, X, total, do, dS1, cu, dS0, dstates, dnews, T, first, count, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
     PLAIN: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def scan_back_kernel(
     dS = tl.load(dS1 + ends_at, mask=ends_ok, other=0.0)
     dS = scan_back_blocks(
         dS, None, W, qE, kZ, P, X, total, do, dstates, dnews, first, tl.minimum(first + count, end), n, start, length,
-        seen, base, origin, span, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, PLAIN, 0,
+        seen, base, first, count, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, PLAIN, 0,
         VARLEN, MODE, STAGES,
     )  # fmt: skip
     tl.store(dS0 + ends_at, dS, mask=ends_ok)

@@ -22,9 +22,9 @@ from hybridzoo.kernels.recurrence_op import Call
 Tensors = dict[str, Tensor | None]
 
 
-def inputs(call: Call, form: Form, C: int) -> Tensors:
-    """A call's tensors as kernels name them, and where they find a block's place: each packed block's sequence, the
-    bounds, and counts."""
+def inputs(call: Call, form: Form, C: int, *, owned: bool = True) -> Tensors:
+    """A call's tensors as kernels name them, and where they find a block's place: each packed block's sequence (if
+    `owned`), the bounds, and counts."""
     return {
         "q": call.q,
         "k": call.k,
@@ -35,7 +35,7 @@ def inputs(call: Call, form: Form, C: int) -> Tensors:
         "w": call.write,
         "down": call.down,
         "up": call.up,
-        "owners": _owners(call, form, C) if form.packed else None,
+        "owners": _owners(call, form, C) if form.packed and owned else None,
         "cu": call.cu_seqlens,
         "count0": call.count,
     }
@@ -73,7 +73,6 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
         **inverse(form),
         "C": cuts.block,
         "BK": power(form.K),
-        "BV": power(form.V),
         "D": cuts.prepare_k,
         "CONTENT": form.chunk,
         "RANK": form.rank,
@@ -102,7 +101,7 @@ def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any]) ->
     return Launch(kernel, grid, numbers(form, span), constants, schedule, form.kinds)
 
 
-def chunks(kernel: Any, form: Form, cuts: Cuts, numbers: dict[str, float], own: dict[str, Any]) -> Launch:
+def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str, Any]) -> Launch:
     """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told."""
     constants = {
         **flags(form),
@@ -119,7 +118,7 @@ def chunks(kernel: Any, form: Form, cuts: Cuts, numbers: dict[str, float], own: 
         **own,
     }
     grid = (form.N * form.HV * cuts.group, 1)
-    return Launch(kernel, grid, numbers, constants, options(cuts.group_warps), form.kinds)
+    return Launch(kernel, grid, numbers(form, span), constants, options(cuts.group_warps), form.kinds)
 
 
 def inverse(form: Form) -> dict[str, str]:

@@ -19,6 +19,7 @@ TILE = 16  # tokens; head sizes and content chunks are multiples of it
 MAX_HEAD = 256
 MAX_RANK = 64
 OLDEST_TRITON = (3, 6)  # what the kernels were checked with
+MOST_OF_A_GROUP = 16  # programs of a content gate's head, which must all run at once, some with a multiprocessor each
 
 
 def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
@@ -33,17 +34,17 @@ def refusal(q: Tensor, v: Tensor, content: ContentGate | None) -> str | None:
             return f"takes content chunks that are multiples of {TILE}, got {content.chunk}: use backend='torch'"
         if not 1 <= content.down.shape[1] <= MAX_RANK:
             return f"takes content ranks from 1 to {MAX_RANK}, got {content.down.shape[1]}: use backend='torch'"
-    return device_refusal(q.device.type, q.device.index)
+    return device_refusal(q.device.type, q.device.index, content is not None)
 
 
 @torch.compiler.assume_constant_result
-def device_refusal(kind: str, index: int | None) -> str | None:
-    """Why the kernels cannot run on such a device, or None."""
-    return _known_refusal(kind, index)
+def device_refusal(kind: str, index: int | None, groups: bool = False) -> str | None:
+    """Why the kernels, those whose programs wait for each other if `groups`, cannot run on such a device, or None."""
+    return _known_refusal(kind, index, groups)
 
 
 @functools.cache
-def _known_refusal(kind: str, index: int | None) -> str | None:
+def _known_refusal(kind: str, index: int | None, groups: bool) -> str | None:
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -67,4 +68,10 @@ def _known_refusal(kind: str, index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"needs a GPU of compute capability 8.0 or later, got {capability}: use backend='torch'"
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    if groups and multiprocessors < MOST_OF_A_GROUP:
+        return (
+            f"needs a GPU of {MOST_OF_A_GROUP} multiprocessors or more for a content gate, got {multiprocessors}: use "
+            "backend='torch'"
+        )
     return None

@@ -11,13 +11,6 @@ from hybridzoo.kernels.source import folder_digest
 
 OF_FLAGS = "test_every_row_of_flags_is_the_recurrence_forward_and_backward"
 OF_HEADS = "test_it_stays_so_over_more_heads_than_run_at_once"
-# The run ended before the first three had been compiled and drawn; the last is newer than it.
-NOT_RUN = {
-    f"{OF_FLAGS}[carve[decay=scalar]-128-torch.bfloat16]",
-    f"{OF_FLAGS}[carve[write=channel]-128-torch.bfloat16]",
-    f"{OF_FLAGS}[carve[write=one]-128-torch.bfloat16]",
-    f"{OF_HEADS}[carve-24-256]",
-}
 
 HERE = Path(__file__).parent
 PATH = HERE.parents[1] / "benchmarks" / "results" / "triton_check.json"
@@ -42,4 +35,4 @@ def test_the_record_holds_every_configuration() -> None:
     expected = {f"{test}[{'-'.join(map(str, of))}]" for test, table in tables.items() for of in table}
     expected |= {"test_two_runs_give_the_same_bits[gdn2]", "test_two_runs_give_the_same_bits[carve]"}
     passed = {name.removeprefix("kernels/test_fused_gpu.py::") for name in RECORD["passed"]}
-    assert expected - passed == NOT_RUN, AGAIN
+    assert expected <= passed, f"{sorted(expected - passed)} are missing: {AGAIN}"

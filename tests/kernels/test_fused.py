@@ -9,13 +9,14 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hybridzoo.kernels import ContentGate, gated_delta_rule
-from hybridzoo.kernels.fused.config import MOST_SHARED
+from hybridzoo.kernels.fused.config import MOST_SHARED, _cuts
 
 pytest.importorskip("triton", reason="triton is not installed; its wheels are for Linux")
 
@@ -88,7 +89,7 @@ def test_a_shipped_configuration_compiles_within_its_bounds(
     row: str, size: str, dtype: str, capability: int, packed: bool
 ) -> None:
     kind = "4 bytes" if dtype != "bf16" else "bf16 on Ampere" if capability == 80 else "bf16"
-    for launch, tensors in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, norm=packed):
+    for launch, tensors in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, norm=packed, inference=True):
         takes = usage(launch, tensors, capability)
         assert takes.shared <= MOST_SHARED * 1024, (launch.kernel.fn.__name__, takes)
         most = STACK_OF_GROUPS if "GROUP" in launch.constants else STACK[kind]
@@ -183,6 +184,38 @@ def test_a_machine_without_triton_runs_everything_else() -> None:
     """
     out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert "backend='triton' needs the package triton, which cannot be imported" in out
+
+
+@pytest.mark.parametrize("multiprocessors", (15, 16))
+def test_a_gpu_too_small_for_a_group_is_refused_a_content_gate(
+    monkeypatch: pytest.MonkeyPatch, multiprocessors: int
+) -> None:
+    from hybridzoo.kernels.fused import support
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    support._known_refusal.cache_clear()
+    try:
+        assert support.device_refusal("cuda", 0) is None
+        refused = support.device_refusal("cuda", 0, groups=True)
+    finally:
+        support._known_refusal.cache_clear()
+    assert (refused is None) == (multiprocessors == 16)
+    assert refused is None or "15" in refused
+
+
+def test_no_group_is_larger_than_the_smallest_gpu_that_is_taken() -> None:
+    from hybridzoo.kernels.fused.support import MOST_OF_A_GROUP
+
+    sizes = range(16, 257, 16)
+    groups = [
+        _cuts(K, V, heads, 16, narrow, True, False, True).group
+        for K, V, heads, narrow in itertools.product(sizes, sizes, (1, 64, 1024), (False, True))
+    ]
+    assert max(groups) == MOST_OF_A_GROUP
 
 
 def test_a_triton_older_than_was_checked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
