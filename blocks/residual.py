@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hybridzoo.blocks.ffn import FeedForward, FfnConfig
 from hybridzoo.mixers.base import MixerConfig, State, TokenMixer
+from hybridzoo.mixers.caches import StateCache
 from hybridzoo.mixers.parts import RMSNorm
 from hybridzoo.mixers.registry import build_mixer
 
@@ -96,6 +97,12 @@ class Block(nn.Module):
     def init_state(self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> BlockState:
         """Return the states of `n` sequences before their first token."""
         return tuple(mixer.init_state(n, device, dtype) for mixer in self.token_mixers())
+
+    def init_cache(
+        self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[StateCache, ...]:
+        """Return the mixers' caches for `n` sequences before their first token."""
+        return tuple(mixer.init_cache(n, device, dtype) for mixer in self.token_mixers())
 
     def state_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that one sequence needs to go on from `context` tokens."""

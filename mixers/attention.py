@@ -1,6 +1,6 @@
 """Softmax attention as a token mixer: full or sliding window, grouped heads, RoPE or none, with a cache.
 
-Projections are named as in Llama checkpoints. May import kernels; the attention itself is in softmax.py.
+Projections are named as in Llama checkpoints. May import kernels; the attention itself is in softmax/.
 
 Shapes: B batch, T time, C cached slots, H query heads, H_kv key heads, D head dim, N sequences, W taps.
 """
@@ -8,17 +8,18 @@ Shapes: B batch, T time, C cached slots, H query heads, H_kv key heads, D head d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hybridzoo.kernels.norms import l2_norm
 from hybridzoo.kernels.packing import locate
-from hybridzoo.kernels.rotary import rotary
 from hybridzoo.mixers.base import ConvInit, MixerConfig, QkInit, TokenMixer, require_above_zero, require_positive
-from hybridzoo.mixers.parts import RMSNorm, ShortConvolution, count_sequences
+from hybridzoo.mixers.kv_cache import KVCache, append, cut
+from hybridzoo.mixers.parts import RMSNorm, ShortConvolution, count_sequences, length_after
 from hybridzoo.mixers.registry import register_mixer
+from hybridzoo.mixers.rope import Rope, RopeScaling, Turn, turn_to, turned
 from hybridzoo.mixers.schema import SpecError
 from hybridzoo.mixers.softmax import AttentionBackend, SoftmaxRule, append_packed, attend, attend_packed
 
@@ -38,32 +39,35 @@ class AttentionState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
-    """Words of `attention`. `head_dim` is `d_model / n_heads` unless given; `n_kv_heads` is `n_heads`.
+    """Words of `attention`."""
 
-    `window` counts the token itself. `qk_norm`: `rmsnorm` has a learned weight over the head's channels; `l2` has none
-    and scores are then `sqrt(D) cos(q, k)`. `output_gate` multiplies the heads by `sigmoid(g_proj(x))` before `o_proj`
-    (arXiv 2505.06708). `softcap` bounds scores as `c tanh(s / c)`, at the price of holding them all.
-    """
-
-    n_heads: int
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    window: int | None = None
-    rope: bool = True
-    rope_base: float = 10000.0
-    qk_norm: Literal["none", "rmsnorm", "l2"] = "none"
-    output_gate: bool = False
-    softcap: float | None = None
-    qkv_bias: bool = False
-    conv_size: int = 0
+    n_heads: Annotated[int, "heads of q"]
+    n_kv_heads: Annotated[int | None, "heads of k and v, a divisor of n_heads; n_heads unless given"] = None
+    head_dim: Annotated[int | None, "channels of a head; d_model / n_heads unless given"] = None
+    window: Annotated[int | None, "latest tokens that a token sees, itself among them; none is all"] = None
+    rope: Annotated[bool, "turn q and k by their positions (RoPE)"] = True
+    rope_base: Annotated[float, "the base that sets how fast channel pairs turn"] = 10000.0
+    rope_scaling: Annotated[RopeScaling, "how positions are stretched for contexts longer than those trained on"] = (
+        "none"
+    )
+    rope_factor: Annotated[float, "by how much, at least 1"] = 1.0
+    rope_context: Annotated[int | None, "tokens that the model was trained on, which yarn needs"] = None
+    qk_norm: Annotated[
+        Literal["none", "rmsnorm", "l2"],
+        "norm of q and k in each head: rmsnorm has learned weights; l2 has none, scores are sqrt(head_dim) cos(q, k)",
+    ] = "none"
+    output_gate: Annotated[bool, "multiply the heads by sigmoid(g_proj(x)) before o_proj (arXiv 2505.06708)"] = False
+    softcap: Annotated[float | None, "c, bounds scores s as c tanh(s / c)"] = None
+    qkv_bias: Annotated[bool, "biases in the projections of q, k and v"] = False
+    conv_size: Annotated[int, "taps of a short causal convolution on each of q, k and v; 0 is none"] = 0
     conv_init: ConvInit = "default"
     qk_init: QkInit = "independent"
-    norm_eps: float = 1e-5
-    backend: AttentionBackend = "auto"
+    norm_eps: Annotated[float, "epsilon of qk_norm=rmsnorm"] = 1e-5
+    backend: Annotated[AttentionBackend, "what computes it; one that cannot is an error when it is called"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "n_heads", "n_kv_heads", "head_dim", "window")
+        require_positive(self, "n_heads", "n_kv_heads", "head_dim", "window", "rope_context")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise SpecError(f".n_heads: {self.n_heads} does not divide d_model {self.d_model}, and head_dim is not set")
         if self.n_heads % self.kv_heads:
@@ -73,11 +77,31 @@ class AttentionConfig(MixerConfig):
         if self.conv_size < 0:
             raise SpecError(f".conv_size: must be 0 (none) or more, got {self.conv_size}")
         require_above_zero(self, "rope_base", "softcap", "norm_eps")
+        self._check_scaling()
+
+    def _check_scaling(self) -> None:
+        if not 1 <= self.rope_factor < float("inf"):
+            raise SpecError(f".rope_factor: must be a finite number, at least 1, got {self.rope_factor}")
+        if self.rope_scaling == "none":
+            if self.rope_factor != 1:
+                raise SpecError(f".rope_factor: {self.rope_factor} needs a rope_scaling: linear, ntk or yarn")
+            return
+        if not self.rope:
+            raise SpecError(f".rope_scaling: {self.rope_scaling!r} needs rope")
+        if self.rope_scaling == "yarn" and self.rope_context is None:
+            raise SpecError(".rope_context: 'yarn' needs the number of tokens that the model was trained on")
+        if self.rope_scaling == "yarn" and self.rope_base <= 1:
+            raise SpecError(f".rope_base: 'yarn' needs a base above 1, got {self.rope_base}")
 
     @property
     def dim(self) -> int:
         """D, the size of a head."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rotation(self) -> Rope:
+        """How positions turn queries and keys."""
+        return Rope(self.rope_base, self.rope_scaling, self.rope_factor, self.rope_context)
 
     @property
     def kv_heads(self) -> int:
@@ -146,12 +170,11 @@ class Attention(TokenMixer):
             key.copy_(heads[:, 0].reshape(key.shape))
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
+        self, x: Tensor, state: AttentionState | KVCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState | KVCache]:
         """Attend; see `TokenMixer.forward`. Raises `ValueError` for a state of another batch or mixer."""
         c = self.config
         N = count_sequences(x, self.q_proj.weight, cu_seqlens)
-        T = x.shape[1]
         if state is not None:
             self._check_state(state, N)
         tails = state.conv if state is not None else (None,) * len(self._convs)
@@ -165,51 +188,72 @@ class Attention(TokenMixer):
             q, k = self.q_norm(q), self.k_norm(k)
         elif c.qk_norm == "l2":
             q, k = l2_norm(q), l2_norm(k)
-        if cu_seqlens is None:
-            y, kept = self._batched(q, k, v, state)
-            length = torch.full((N,), T, dtype=torch.int32, device=x.device)
+        if c.rope:
+            q, k = turned(q, k, self._turn(q, state, cu_seqlens))
+        kept: AttentionState | KVCache
+        if isinstance(state, KVCache):
+            y, kept = self._cached(q, k, v, state, tuple(new_tails), cu_seqlens)
+        elif cu_seqlens is None:
+            y, kept = self._batched(q, k, v, state, tuple(new_tails))
         else:
-            y, kept = self._packed(
-                q, k, v, state if state is not None else self.init_state(N, x.device, k.dtype), cu_seqlens
-            )
-            length = cu_seqlens.diff().int()
+            fresh = self.init_state(N, x.device, k.dtype) if state is None else state
+            y, kept = self._packed(q, k, v, fresh, tuple(new_tails), cu_seqlens)
         y = y.flatten(-2)
         if self.g_proj is not None:
             y = y * torch.sigmoid(self.g_proj(x))
-        if state is not None:
-            length = length + state.length
-        return self.o_proj(y), AttentionState(tuple(new_tails), *kept, length)
+        return self.o_proj(y), kept
+
+    def _turn(self, q: Tensor, state: AttentionState | KVCache | None, cu_seqlens: Tensor | None) -> Turn:
+        """What turns `q [B, T, H, D]` to its positions, which go on from the state's length."""
+        length, T, rotation = None if state is None else state.length, q.shape[1], self.config.rotation
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+        def batched() -> Turn:
+            positions = torch.arange(T, device=q.device)[None]
+            return turn_to(positions if length is None else positions + length[:, None], q.shape[3], rotation, wide)
+
+        if cu_seqlens is not None:
+            sequence, position = locate(cu_seqlens, T)
+            positions = position if length is None else position + length[sequence]
+            return turn_to(positions[None], q.shape[3], rotation, wide)
+        return state.once(("turn", rotation, q.shape[3], wide, T), batched) if isinstance(state, KVCache) else batched()
 
     def _batched(
-        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        positions = torch.arange(q.shape[1], device=q.device)[None]
-        length = None
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, tails: tuple[Tensor, ...]
+    ) -> tuple[Tensor, AttentionState]:
+        seen = None
         if state is not None:
-            length = state.length
-            positions = positions + length[:, None]
-        if self.config.rope:
-            q, k = rotary(q, k, positions, self.config.rope_base)
-        if state is not None:
-            k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
-        y = attend(q, k, v, self.rule, length)
-        first = 0 if self.config.window is None else max(0, k.shape[1] - self.config.window)
-        if first:  # a copy: a view would keep every older key alive for as long as the state lives
-            k, v = k[:, first:].clone(), v[:, first:].clone()
-        return y, (k, v)
+            seen, k, v = state.length, append(state.k, k), append(state.v, v)
+        y = attend(q, k, v, self.rule, seen)
+        window = self.config.window
+        return y, AttentionState(tails, cut(k, window), cut(v, window), length_after(q, seen))
 
     def _packed(
-        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, cu_seqlens: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if self.config.rope:
-            sequence, position = locate(cu_seqlens, q.shape[1])
-            q, k = rotary(q, k, (position + state.length[sequence])[None], self.config.rope_base)
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, tails: tuple[Tensor, ...], cu_seqlens: Tensor
+    ) -> tuple[Tensor, AttentionState]:
         y = attend_packed(q[0], k[0], v[0], self.rule, cu_seqlens, (state.k, state.v), state.length)
-        window = self.config.window
-        return y[None], (
-            append_packed(state.k, k[0], cu_seqlens, window),
-            append_packed(state.v, v[0], cu_seqlens, window),
+        new_k, new_v = (
+            append_packed(old, new[0], cu_seqlens, self.config.window) for old, new in ((state.k, k), (state.v, v))
         )
+        return y[None], AttentionState(tails, new_k, new_v, length_after(q, state.length, cu_seqlens))
+
+    def _cached(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, tails: tuple[Tensor, ...], cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, KVCache]:
+        T = q.shape[1]
+        if T == 1 and cu_seqlens is None:
+            y = cache.attend_one(q, k, v, self.rule)
+            cache.stage_tokens(None, None, tails, None, T)
+            return y, cache
+        old_k, old_v = cache.right_aligned()
+        if cu_seqlens is not None:
+            y = attend_packed(q[0], k[0], v[0], self.rule, cu_seqlens, (old_k, old_v), cache.length)[None]
+        elif cache.longest:
+            y = attend(q, append(old_k, k), append(old_v, v), self.rule, cache.length)
+        else:
+            y = attend(q, k, v, self.rule)
+        cache.stage_tokens(k, v, tails, cu_seqlens, T)
+        return y, cache
 
     def init_state(
         self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -221,18 +265,26 @@ class Attention(TokenMixer):
         k, v = (torch.zeros(n, 0, self.config.kv_heads, self.config.dim, device=device, dtype=dtype) for _ in "kv")
         return AttentionState(conv, k, v, torch.zeros(n, dtype=torch.int32, device=device))
 
-    def _check_state(self, state: AttentionState, n: int) -> None:
+    def init_cache(self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """Return an empty cache for `n` sequences that is written in place, a ring where there is a window."""
+        conv, k, v, length = self.init_state(n, device, dtype)
+        return KVCache(conv, k.transpose(1, 2), v.transpose(1, 2), length, self.config.window)
+
+    def _check_state(self, state: AttentionState | KVCache, n: int) -> None:
         c = self.config
-        if not isinstance(state, AttentionState):
+        if not isinstance(state, AttentionState | KVCache):
             raise ValueError(
                 f"attention: expected an AttentionState, got {type(state).__name__}: another mixer's state"
             )
-        C = state.k.shape[1] if state.k.dim() == 4 else 0
-        expected = (n, C, c.kv_heads, c.dim)
+        held = isinstance(state, KVCache)
+        C = state.k.shape[2 if held else 1] if state.k.dim() == 4 else 0
+        letters, expected = "[N, C, H_kv, D]", (n, C, c.kv_heads, c.dim)
+        if held:
+            letters, expected = "[N, H_kv, C, D]", (n, c.kv_heads, C, c.dim)
         for name, field in (("k", state.k), ("v", state.v)):
             if tuple(field.shape) != expected:
                 raise ValueError(
-                    f"attention: state.{name} must be [N, C, H_kv, D] = {list(expected)}, got {list(field.shape)}"
+                    f"attention: state.{name} must be {letters} = {list(expected)}, got {list(field.shape)}"
                 )
         if tuple(state.length.shape) != (n,):
             raise ValueError(f"attention: state.length must be [N] = [{n}], got {list(state.length.shape)}")
@@ -240,6 +292,8 @@ class Attention(TokenMixer):
             raise ValueError(f"attention: state holds {len(state.conv)} convolution tails, needs {len(self._convs)}")
         if c.window is not None and c.window < C:
             raise ValueError(f"attention: state holds {C} slots, more than the window of {c.window}")
+        if isinstance(state, KVCache) and state.window != c.window:
+            raise ValueError(f"attention: the cache was made for a window of {state.window}, not {c.window}")
 
     def state_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Cached keys and values, the convolutions' tails, and the length."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hybridzoo.kernels.state import DeltaState
-from hybridzoo.mixers.schema import SpecError, convert
+from hybridzoo.mixers.caches import FixedCache, StateCache
+from hybridzoo.mixers.schema import SpecError, convert, hints_of
 
 State: TypeAlias = Any  # a NamedTuple of tensors, one kind a mixer; torch's pytrees see through it
 
@@ -34,6 +35,14 @@ class RecurrentState(NamedTuple):
     length: Tensor
 
 
+class HeldState(RecurrentState):
+    """The same, in a cache: on a GPU a step of one token writes `delta` in place, so that it is moved once."""
+
+    def written_in_place(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Whether a call on `x [B, T, ...]` may write into `delta`, for good. On a CPU calls are checked first."""
+        return x.is_cuda and x.shape[1] == 1 and cu_seqlens is None
+
+
 def check_recurrent_state(state: object, n: int, n_tails: int) -> None:
     """Refuse a state of another kind of mixer or batch; the tails and the recurrence check their own shapes."""
     if not isinstance(state, RecurrentState):
@@ -46,15 +55,27 @@ def check_recurrent_state(state: object, n: int, n_tails: int) -> None:
         raise TypeError(f"state.length must be int32, got {state.length.dtype}")
 
 
-ConvInit: TypeAlias = Literal["default", "mean"]
-QkInit: TypeAlias = Literal["independent", "equal"]
+# What a word means stands in its type and nowhere else: `hybridzoo list NAME` and docs/mixers.md print it from here.
+ConvInit: TypeAlias = Annotated[
+    Literal["default", "mean"], "how the convolution's taps start: as nn.Conv1d draws them, or near a running mean"
+]
+QkInit: TypeAlias = Annotated[
+    Literal["independent", "equal"], "equal: the projection of k starts as that of q (in Mamba-2 B as C)"
+]
+RuleBackend: TypeAlias = Annotated[
+    Literal["auto", "triton", "torch", "reference"],
+    "what computes the recurrence; auto: Triton on a GPU, else chunkwise PyTorch",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig:
-    """The words every mixer takes. Subclasses add their own; `__post_init__` refuses what cannot be built."""
+    """The words every mixer takes. Subclasses add their own; `__post_init__` refuses what cannot be built.
 
-    d_model: int
+    A word that is `Annotated[type, "meaning"]` is listed with its meaning, also by mixers that declare it again.
+    """
+
+    d_model: Annotated[int, "width of what goes in and comes out; in a spec the spec's own"]
 
     def __post_init__(self) -> None:
         require_positive(self, "d_model")
@@ -102,6 +123,7 @@ class TokenMixer(nn.Module):
         super().__init_subclass__()
         if not dataclasses.is_dataclass(cls.Config):
             raise TypeError(f"{cls.__qualname__}.Config must be a frozen dataclass extending MixerConfig")
+        hints = hints_of(cls.Config)
         parameters = [
             inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
             *(
@@ -109,7 +131,7 @@ class TokenMixer(nn.Module):
                     field.name,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-                    annotation=field.type,
+                    annotation=hints[field.name],
                 )
                 for field in dataclasses.fields(cls.Config)
             ),
@@ -151,6 +173,11 @@ class TokenMixer(nn.Module):
         """Return the state of `n` sequences before their first token."""
         raise NotImplementedError(f"{type(self).__name__} has no state")
 
+    def init_cache(self, n: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StateCache:
+        """Return the cache of `n` sequences before their first token: what `init_state` gives, written in place."""
+        state = self.init_state(n, device, dtype)
+        return FixedCache(HeldState(*state) if isinstance(state, RecurrentState) else state)
+
     def state_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that one sequence needs to go on from `context` tokens, keys and values and tails in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} does not count its state")
@@ -168,5 +195,5 @@ class TokenMixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not count its FLOPs")
 
     def extra_repr(self) -> str:
-        shown = (f"{f.name}={getattr(self.config, f.name)}" for f in dataclasses.fields(self.config))
-        return ", ".join(shown)
+        words = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        return ", ".join(f"{name}={value}" for name, value in {**words, **self.config.resolved}.items())

@@ -10,7 +10,7 @@ N sequences, W taps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,68 +19,89 @@ from torch import Tensor, nn
 from hybridzoo.kernels import DeltaState, gated_delta_rule, gated_delta_rule_flops
 from hybridzoo.mixers.base import (
     ConvInit,
+    HeldState,
     MixerConfig,
     QkInit,
     RecurrentState,
+    RuleBackend,
     TokenMixer,
     check_recurrent_state,
     require_above_zero,
     require_positive,
 )
 from hybridzoo.mixers.gates import Gates
-from hybridzoo.mixers.parts import GatedRMSNorm, LowRank, RMSNorm, ShortConvolution, count_sequences
+from hybridzoo.mixers.parts import GatedRMSNorm, LowRank, RMSNorm, ShortConvolution, count_sequences, length_after
 from hybridzoo.mixers.schema import SpecError
 
-Decay: TypeAlias = Literal["none", "scalar", "channel"]
-Erase: TypeAlias = Literal["none", "token", "content"]
-Correct: TypeAlias = Literal["none", "tied", "scalar", "channel"]
-Write: TypeAlias = Literal["one", "scalar", "channel"]
-Predict: TypeAlias = Literal["decayed", "stored"]
+Decay: TypeAlias = Annotated[
+    Literal["none", "scalar", "channel"], "gate: how fast the memory fades, one rate a head or one a key channel"
+]
+Erase: TypeAlias = Annotated[
+    Literal["none", "token", "content"],
+    "gate: a mask that clears key channels, from the token, or also from what the memory has lately returned",
+]
+Correct: TypeAlias = Annotated[
+    Literal["none", "tied", "scalar", "channel"],
+    "gate: how much of a key's old value is taken back; tied: as much as is written of the new one",
+]
+Write: TypeAlias = Annotated[
+    Literal["one", "scalar", "channel"],
+    "gate: how strongly a value is written: always fully, by one number a head, or by one a value channel",
+]
+Predict: TypeAlias = Annotated[
+    Literal["decayed", "stored"], "whether the correction reads the memory after this token's decay, or before it"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaConfig(MixerConfig):
-    """Words of every recurrent mixer but Mamba-2; a preset row is a subclass with other defaults.
+    """Words of every recurrent mixer but Mamba-2; a preset row is a subclass with other defaults."""
 
-    Sizes: `head_dim` K is `d_model / n_heads` unless given, `head_v_dim` V is K, `n_v_heads` HV is `n_heads`.
-
-    Gates: the five flags of the recurrence. `decay_form` is `-exp(A) softplus(f + tau)` or GLA's `logsigmoid(f) / 16`;
-    `decay_rate` gives a channel decay's `A` one value a head or one a key channel; `decay_rank` is the rank of its
-    projection (V unless given). With `gate_heads="key"` channel gates on the key axis are projected once a key head and
-    repeated to its value heads (GDN-2), with `"value"` once a value head (KDA). `allow_neg_eigval` doubles the
-    correction, and the write it is tied to.
-
-    Around them: `feature_map` `silu` (inside the convolution where there is one), `identity`, or `elu1` = elu + 1 on q
-    and k; `output_gate` `low_rank`, `full` or `none`, through `gate_activation`.
-    """
-
-    n_heads: int
-    n_v_heads: int | None = None
-    head_dim: int | None = None
-    head_v_dim: int | None = None
+    n_heads: Annotated[int, "heads of q and k"]
+    n_v_heads: Annotated[int | None, "heads of v, a multiple of n_heads; n_heads unless given"] = None
+    head_dim: Annotated[int | None, "K, channels of a head of q and k; d_model / n_heads unless given"] = None
+    head_v_dim: Annotated[int | None, "V, channels of a head of v; head_dim unless given"] = None
     decay: Decay = "none"
     erase: Erase = "none"
     correct: Correct = "none"
     write: Write = "one"
     predict: Predict = "decayed"
-    allow_neg_eigval: bool = False
-    decay_form: Literal["softplus", "logsigmoid"] = "softplus"
-    decay_rate: Literal["head", "channel"] = "head"
-    decay_rank: int | None = None
-    gate_heads: Literal["key", "value"] = "value"
-    erase_bias_init: float = -5.0
-    content_chunk: int = 64
-    content_rank: int = 16
-    content_per_head: bool = False
-    feature_map: Literal["silu", "identity", "elu1"] = "silu"
-    conv_size: int = 4
+    allow_neg_eigval: Annotated[bool, "double the correction and the write tied to it: both then reach 2"] = False
+    decay_form: Annotated[
+        Literal["softplus", "logsigmoid"],
+        "the log-decay: -exp(A) softplus(f + tau), or GLA's logsigmoid(f) / 16, of the projection f",
+    ] = "softplus"
+    decay_rate: Annotated[
+        Literal["head", "channel"], "whether a channel decay has one rate A a head, or one a key channel"
+    ] = "head"
+    decay_rank: Annotated[int | None, "rank of a channel decay's projection; head_v_dim unless given"] = None
+    gate_heads: Annotated[
+        Literal["key", "value"],
+        "with more value heads than key heads: channel decay and correction are projected once a key head and "
+        "repeated (GDN-2), or once a value head (KDA)",
+    ] = "value"
+    erase_bias_init: Annotated[float, "where the erase gate's bias starts; at -5 it is all but shut"] = -5.0
+    content_chunk: Annotated[
+        int, "L, tokens whose mean output the content gate reads in the next L; sequences of no more never use it"
+    ] = 64
+    content_rank: Annotated[int, "r, rank of the content gate's two projections"] = 16
+    content_per_head: Annotated[bool, "a pair of content projections for each head, instead of one a layer"] = False
+    feature_map: Annotated[
+        Literal["silu", "identity", "elu1"],
+        "without a convolution: SiLU on q, k and v, or nothing (a convolution ends in SiLU always); elu1: elu + 1 on q "
+        "and k",
+    ] = "silu"
+    conv_size: Annotated[int, "taps of the short causal convolution on each of q, k and v; 0 is none"] = 4
     conv_init: ConvInit = "default"
     qk_init: QkInit = "independent"
-    qk_norm: Literal["none", "l2"] = "l2"
-    output_gate: Literal["none", "low_rank", "full"] = "low_rank"
-    gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
-    norm_eps: float = 1e-5
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    qk_norm: Annotated[Literal["none", "l2"], "l2: q and k of each head are scaled to length 1"] = "l2"
+    output_gate: Annotated[
+        Literal["none", "low_rank", "full"],
+        "gate on the heads' normed outputs: none, or by a projection of rank head_v_dim, or by a full one",
+    ] = "low_rank"
+    gate_activation: Annotated[Literal["sigmoid", "silu"], "of the output gate"] = "sigmoid"
+    norm_eps: Annotated[float, "epsilon of the RMS norm of the heads' outputs"] = 1e-5
+    backend: RuleBackend = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,6 +258,7 @@ class DeltaMixer(TokenMixer):
             qk_l2norm=c.qk_norm == "l2",
             state=None if state is None else state.delta,
             cu_seqlens=cu_seqlens,
+            inplace_state=isinstance(state, HeldState) and state.written_in_place(x, cu_seqlens),
             backend=c.backend,
         )
         assert delta is not None
@@ -244,12 +266,7 @@ class DeltaMixer(TokenMixer):
             o = self.o_norm(o)
         else:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (c.HV, c.V)))
-        if cu_seqlens is None:
-            length = torch.full((n,), x.shape[1], dtype=torch.int32, device=x.device)
-        else:
-            length = cu_seqlens.diff().int()
-        if state is not None:
-            length = length + state.length
+        length = length_after(x, None if state is None else state.length, cu_seqlens)
         return self.o_proj(o.flatten(-2)), RecurrentState(tuple(new_tails), delta, length)
 
     def _features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from hybridzoo.kernels import DeltaState, gated_delta_rule, gated_delta_rule_flops
 from hybridzoo.mixers.base import (
     ConvInit,
+    HeldState,
     MixerConfig,
     QkInit,
     RecurrentState,
+    RuleBackend,
     TokenMixer,
     check_recurrent_state,
     require_above_zero,
     require_positive,
 )
-from hybridzoo.mixers.parts import GatedRMSNorm, ShortConvolution, count_sequences
+from hybridzoo.mixers.parts import GatedRMSNorm, ShortConvolution, count_sequences, length_after
 from hybridzoo.mixers.registry import register_mixer
 from hybridzoo.mixers.schema import SpecError
 
@@ -37,33 +39,34 @@ from hybridzoo.mixers.schema import SpecError
 class Mamba2Config(MixerConfig):
     """Words of `mamba2`. Two of `expand`, `n_heads` and `head_dim` give the third: `n_heads head_dim = expand d_model`.
 
-    Left out, `expand` is 2 and `head_dim` 64. `norm_groups` is `n_groups` unless given (up to 5.17, transformers'
-    module norms all channels as one). The step size is `softplus(dt + dt_bias)`, held between `dt_limit_min` and
-    `dt_limit_max`; `dt_bias` starts with steps spread evenly in the logarithm from `dt_min` to `dt_max`.
-    `decay=channel` gives every state channel a rate of its own, as in Mamba-1; the other flags are what makes the
-    mixer Mamba-2.
+    The step size is `dt = softplus(raw + dt_bias)`. Of the gate flags only `decay` may be changed: the others are what
+    makes the mixer Mamba-2.
     """
 
-    n_heads: int | None = None
-    head_dim: int | None = None
-    expand: float | None = None
-    state_dim: int = 128
-    n_groups: int = 1
-    norm_groups: int | None = None
-    decay: Literal["none", "scalar", "channel"] = "scalar"
-    erase: Literal["none"] = "none"
-    correct: Literal["none"] = "none"
-    write: Literal["scalar"] = "scalar"
-    conv_size: int = 4
+    n_heads: Annotated[int | None, "H, heads; expand d_model / head_dim unless given"] = None
+    head_dim: Annotated[int | None, "V, channels of a head; 64 unless it follows from the other two"] = None
+    expand: Annotated[float | None, "inner width in units of d_model; 2 unless it follows from the other two"] = None
+    state_dim: Annotated[int, "K, state channels: those of B and C"] = 128
+    n_groups: Annotated[int, "groups of heads that share B and C"] = 1
+    norm_groups: Annotated[
+        int | None, "groups of channels that are normed apart; n_groups unless given (transformers up to 5.17: 1)"
+    ] = None
+    decay: Annotated[
+        Literal["none", "scalar", "channel"], "gate: none, one rate a head, or (as in Mamba-1) one a state channel"
+    ] = "scalar"
+    erase: Annotated[Literal["none"], "gate: Mamba-2 has none"] = "none"
+    correct: Annotated[Literal["none"], "gate: Mamba-2 has none"] = "none"
+    write: Annotated[Literal["scalar"], "gate: the step size, one a head"] = "scalar"
+    conv_size: Annotated[int, "taps of the short causal convolution on x, B and C; 0 is none"] = 4
     conv_init: ConvInit = "default"
     qk_init: QkInit = "independent"
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    dt_init_floor: float = 1e-4
-    dt_limit_min: float = 0.0
-    dt_limit_max: float | None = None
-    norm_eps: float = 1e-5
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    dt_min: Annotated[float, "step sizes start spread evenly in the logarithm, from this one"] = 0.001
+    dt_max: Annotated[float, "to this one"] = 0.1
+    dt_init_floor: Annotated[float, "and no smaller than this"] = 1e-4
+    dt_limit_min: Annotated[float, "step sizes are held at or above this, in every call"] = 0.0
+    dt_limit_max: Annotated[float | None, "and at or below this"] = None
+    norm_eps: Annotated[float, "epsilon of the gated RMS norm of the heads' outputs"] = 1e-5
+    backend: RuleBackend = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,14 +220,11 @@ class Mamba2(TokenMixer):
             scale=1.0,
             state=None if state is None else state.delta,
             cu_seqlens=cu_seqlens,
+            inplace_state=isinstance(state, HeldState) and state.written_in_place(x, cu_seqlens),
             backend=c.backend,
         )
         y = torch.addcmul(o, values, self.D.to(o.dtype)[:, None]).flatten(-2)
-        length = torch.full((N,), x.shape[1], dtype=torch.int32, device=x.device)
-        if cu_seqlens is not None:
-            length = cu_seqlens.diff().int()
-        if state is not None:
-            length = length + state.length
+        length = length_after(x, None if state is None else state.length, cu_seqlens)
         assert delta is not None
         return self.out_proj(self.norm(y, gate)), RecurrentState(tails, delta, length)
 

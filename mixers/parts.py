@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from hybridzoo.kernels.norms import GateActivation, gated_rms_norm, rms_norm
 from hybridzoo.kernels.packing import check_packing
-from hybridzoo.kernels.short_conv import ConvActivation, ShortConvResult, short_conv
+from hybridzoo.kernels.short_conv import ConvActivation, ShortConvResult, _convolve, short_conv
 from hybridzoo.mixers.base import ConvInit
+
+# In torch 2.11 a compiler that reads into an autograd.Function takes a result that its forward wrote into, as this one
+# does, for one without a gradient: all gradients through it would be zero. Taken whole it is differentiated rightly.
+torch.compiler.allow_in_graph(_convolve)
 
 
 def count_sequences(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -38,6 +42,16 @@ def count_sequences(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> int
         return x.shape[0]
     check_packing(cu_seqlens, x.shape[0], x.shape[1], x.device)
     return cu_seqlens.shape[0] - 1
+
+
+def length_after(x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return `length [N]` int32, the tokens that each sequence has seen after a call on `x [B, T, ...]`."""
+    if cu_seqlens is not None:
+        new = cu_seqlens.diff().int()
+        return new if before is None else before + new
+    if before is None:
+        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
+    return before + x.shape[1]
 
 
 class ShortConvolution(nn.Module):

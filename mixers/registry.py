@@ -9,13 +9,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hybridzoo.mixers.base import MixerConfig, TokenMixer
-from hybridzoo.mixers.schema import OWN_MIXERS, SpecError, choices_of, convert, parse_scalar, type_name, unknown
+from hybridzoo.mixers.schema import (
+    OWN_MIXERS,
+    SpecError,
+    choices_of,
+    convert,
+    hints_of,
+    meanings_of,
+    parse_scalar,
+    type_name,
+    unknown,
+)
 
 GATE_FLAGS = ("decay", "erase", "correct", "write", "predict")
 
@@ -24,12 +33,13 @@ Mixer = TypeVar("Mixer", bound=type[TokenMixer])
 
 @dataclass(frozen=True)
 class Word:
-    """One constructor word: its default (`None` in `required` words), and the values it may take."""
+    """One constructor word: its default (`None` in `required` words), the values it may take, and what it means."""
 
     default: Any
     type: str
     choices: tuple[Any, ...]
     required: bool
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,15 @@ class Entry:
 
     @property
     def words(self) -> dict[str, Word]:
-        """Every constructor word with its default and choices."""
-        hints = typing.get_type_hints(self.Config)
+        """Every constructor word with its default, choices and meaning."""
+        hints, meanings = hints_of(self.Config), meanings_of(self.Config)
         return {
             field.name: Word(
                 default=None if field.default is dataclasses.MISSING else field.default,
                 type=type_name(hints[field.name]),
                 choices=choices_of(hints[field.name]),
                 required=field.default is dataclasses.MISSING,
+                meaning=meanings.get(field.name, ""),
             )
             for field in dataclasses.fields(self.Config)
         }
@@ -65,9 +76,25 @@ class Entry:
         """The gate flags of the recurrence; empty for attention."""
         return {name: word for name, word in self.words.items() if name in GATE_FLAGS}
 
+    @property
+    def differs(self) -> tuple[str, dict[str, Any]] | None:
+        """The mixer whose config this one's extends, if any, and the defaults that are others or new here."""
+        by_config = {entry.Config: entry for entry in _REGISTRY.values()}
+        parent = next((by_config[base] for base in self.Config.__mro__[1:] if base in by_config), None)
+        if parent is None:
+            return None
+        theirs = {name: word.default for name, word in parent.words.items()}
+        mine = {name: word.default for name, word in self.words.items()}
+        return parent.name, {name: mine[name] for name in mine if name not in theirs or mine[name] != theirs[name]}
+
 
 _REGISTRY: dict[str, Entry] = {}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+
+
+def said(value: object) -> str:
+    """Write the value of a word as a registry string or a spec has it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def register_mixer(name: str, *, source: str, summary: str, stable: bool = True) -> Callable[[Mixer], Mixer]:

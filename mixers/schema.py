@@ -72,7 +72,7 @@ def convert(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     for key in data:
         if key not in fields:
             raise unknown(where, "key", str(key), fields)
-    hints = _hints(typing.cast(Any, cls))
+    hints = hints_of(cls)
     values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
@@ -92,9 +92,28 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the type of every field of a dataclass, without what `Annotated` adds to it."""
+    return _hints(cls, False)
+
+
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _hints(cls: type, annotated: bool) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=annotated)
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """Return what each field of a dataclass means: the text in `Annotated[type, "meaning"]`.
+
+    A field that a subclass declares again, for another default, keeps the meaning it had unless it gets one of its own.
+    """
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for name, hint in _hints(base, True).items():
+            text = next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, str)), None)
+            if text is not None:
+                meanings[name] = text
+    return meanings
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:

@@ -218,7 +218,7 @@ def test_costs_count_the_pairs_that_are_seen(window: int | None, context: int) -
         ({"window": 0}, r"window: must be at least 1, got 0"),
         ({"softcap": 0.0}, r"softcap: must be a finite number above 0"),
         ({"conv_size": -1}, r"conv_size: must be 0"),
-        ({"backend": "flash"}, r"backend: 'flash' is not one of auto, sdpa, reference"),
+        ({"backend": "flsh"}, r"backend: 'flsh' is not one of auto, .* \(did you mean 'flash'\?\)"),
         ({"qk_norm": "rms"}, r"qk_norm: 'rms' is not one of .*did you mean 'rmsnorm'"),
         ({"windw": 4}, r"did you mean 'window'"),
     ],

@@ -3,6 +3,7 @@
 A new mixer is tested here the day it is registered, with no line edited.
 """
 
+import dataclasses
 from functools import partial
 from itertools import pairwise
 
@@ -278,3 +279,13 @@ def test_the_config_alone_rebuilds_a_mixer() -> None:
     for text in ablation_cases():
         mixer = build(text)
         assert type(build_mixer(mixer.config)) is type(mixer)
+
+
+@every_mixer
+def test_a_printed_mixer_shows_its_words_and_the_sizes_they_came_to(text: str) -> None:
+    mixer = make(text)
+    shown = dict(word.split("=") for word in mixer.extra_repr().split(", "))
+    assert list(shown) == [field.name for field in dataclasses.fields(mixer.config)]
+    for name, value in mixer.config.resolved.items():
+        assert value is not None
+        assert shown[name] == str(value)
