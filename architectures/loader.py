@@ -34,6 +34,8 @@ def spec_path(name: str, where: str = "") -> Path:
     path = _shipped_folder() / f"{name}.yaml"
     if name not in list_specs():
         prefix = f"{where}: " if where else ""
+        if (_shipped_folder().parent / "studies" / f"{name}.yaml").is_file():
+            raise SpecError(f"{prefix}{a_study(name)}")
         raise SpecError(
             f"{prefix}no spec '{name}'{nearest(name, list_specs())}; shipped: {', '.join(list_specs())}; "
             "a file of your own is a path that ends in .yaml"
@@ -54,7 +56,11 @@ def load_spec(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = (
     if not isinstance(given, str | os.PathLike):
         hint = "; Spec.from_dict(...) reads a mapping" if isinstance(given, Mapping) else ""
         raise TypeError(f"expected a spec's name or path, got {type(given).__name__}{hint}")
-    return _resolved(_chain(*_find(os.fspath(given)), opened=[]), overrides)
+    path, where = _find(os.fspath(given))
+    data = read_file(path, where)
+    if is_study(data):
+        raise SpecError(a_study(os.fspath(given)))
+    return _resolved(_based(data, path, where, opened=[]), overrides)
 
 
 def spec_from(
@@ -65,6 +71,21 @@ def spec_from(
     `where` is what errors call it, `folder` where the paths of its `base` start.
     """
     return _resolved(_based(dict(data), folder / "spec.yaml", where, opened=[]), overrides)
+
+
+def is_spec(data: Mapping[str, Any]) -> bool:
+    """Whether the keys of a file are those of a spec, and not of a study."""
+    return not is_study(data) and ("layers" in data or "base" in data)
+
+
+def is_study(data: Mapping[str, Any]) -> bool:
+    """Whether the keys of a file are those of a study, which has a spec, and tasks to train it on."""
+    return "tasks" in data and ("spec" in data or "stacks" in data)
+
+
+def a_study(name: str) -> str:
+    """Say what to do with a study where a spec was asked for."""
+    return f"'{name}' is a study, which has several stacks: use `hybridzoo study run {name}`"
 
 
 def _resolved(files: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> Spec:

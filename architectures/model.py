@@ -6,17 +6,23 @@ Shapes: B batch, T time, V vocabulary, N packed sequences.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridzoo.architectures.generate import generate
+from hybridzoo.architectures.cache import HybridCache, fingerprint
+from hybridzoo.architectures.generate import Prompts, generate
+from hybridzoo.architectures.prompts import Padding
+from hybridzoo.architectures.sampling import Decode
 from hybridzoo.architectures.spec import Spec, require_spec
 from hybridzoo.blocks.residual import Block, BlockState
 from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens
+from hybridzoo.mixers.memory import host_bounds, host_counts
 from hybridzoo.mixers.parts import RMSNorm
 
 ModelState = tuple[BlockState, ...]  # one a layer
@@ -25,11 +31,13 @@ IGNORED = -100  # the label that no loss is taken of, as in torch's cross_entrop
 
 
 class ModelOutput(NamedTuple):
-    """`loss` is a float32 scalar, or None without labels; `logits [B, T, V]` in the model's dtype."""
+    """`loss` is a float32 scalar, or None without labels; `logits [B, T, V]` in the model's dtype; `state` is None
+    where it was not asked for.
+    """
 
     loss: Tensor | None
     logits: Tensor
-    state: ModelState
+    state: ModelState | HybridCache | None
 
 
 def build_model(spec: Spec, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HybridLM:
@@ -108,41 +116,136 @@ class HybridLM(nn.Module):
         ids: Tensor,
         *,
         labels: Tensor | None = None,
-        state: ModelState | None = None,
+        state: ModelState | HybridCache | None = None,
         cu_seqlens: Tensor | None = None,
+        return_state: bool = True,
     ) -> ModelOutput:
         """Run `ids [B, T]` (int32 or int64), going on from `state`; `cu_seqlens [N+1]` packs N sequences in one row.
 
+        state: that of an earlier call, whose result is a new one, with gradients; or a `HybridCache`, which is written
+            into and returned, without.
         labels: `[B, T]`, usually the ids themselves: position t is asked for label t+1, within its own sequence. Labels
             of -100 are ignored. The loss is the mean over the labels that count, and 0 where none does.
+        return_state: give back the new state, else None: each layer's is then dropped as soon as it is there, and not
+            made at all where a compiler sees it. A `HybridCache` is written into all the same.
 
         Raises: `TypeError` for ids or labels that are not integers, `ValueError` for wrong shapes, ids or labels out of
         range (where they lie in host memory), sequences over `max_context` (counting what a state has seen, where that
-        lies in host memory), and a state of another model.
+        lies in host memory), a state or cache of another model or batch, and results that are not finite (with a cache
+        in host memory); `RuntimeError` for a cache with rows that are lost. A cache is then as it was. What raises
+        while the blocks run leaves it so too, but for a step of one token on a GPU, which is written as it is computed:
+        its rows are then lost (`HybridCache.lost`).
         """
-        hidden, new_state = self.hidden(ids, state, cu_seqlens)
-        logits = self.logits(hidden)
+        if isinstance(state, HybridCache):
+            state.check_rows()
+            with torch.no_grad(), _given_up_on_errors(state):
+                logits = self.logits(self.stage(ids, state, cu_seqlens))
+                self._settle(logits, ids, state, cu_seqlens)
+            new_state: ModelState | HybridCache = state
+        else:
+            hidden, new_state = self.hidden(ids, state, cu_seqlens, return_state)
+            logits = self.logits(hidden)
         loss = None if labels is None else self._loss(logits, labels, cu_seqlens)
-        return ModelOutput(loss, logits, new_state)
+        return ModelOutput(loss, logits, new_state if return_state else None)
 
     def hidden(
-        self, ids: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: ModelState | HybridCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, ModelState | HybridCache]:
+        """Return what the head reads, `[B, T, d_model]`, and the new state; arguments as in `forward`.
+
+        The state is empty where it was not asked for, a cache's aside.
+        """
+        if not isinstance(state, HybridCache):
+            self._check_ids(ids)
+            self._check_packing(ids, cu_seqlens)
+            return self.run_blocks(ids, self._checked_states(ids, state, cu_seqlens), cu_seqlens, return_state)
+        state.check_rows()
+        with torch.no_grad(), _given_up_on_errors(state):
+            hidden = self.stage(ids, state, cu_seqlens)
+            self._settle(hidden, ids, state, cu_seqlens)
+        return hidden, state
+
+    def run_blocks(
+        self,
+        ids: Tensor,
+        states: Sequence[BlockState | None],
+        cu_seqlens: Tensor | None,
+        return_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """Return what the head reads, `[B, T, d_model]`, and the new state; arguments as in `forward`."""
+        """The stack itself, between all checks and the head: what a CUDA graph may hold."""
+        x = self.embedding(ids)
+        new_states = []
+        for block, each in zip(self.blocks, states, strict=True):
+            x, new = block(x, each, cu_seqlens)
+            if return_state:
+                new_states.append(new)
+        return self.norm(x), tuple(new_states)
+
+    def stage(self, ids: Tensor, cache: HybridCache, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Run on from a cache, refusing before what can be refused, and leave staged in it what the call adds.
+
+        Whoever calls this discards what is staged where anything raises before it is committed.
+        """
         self._check_ids(ids)
         self._check_packing(ids, cu_seqlens)
-        states = (None,) * len(self.blocks) if state is None else state
+        counts = _counts(ids, cu_seqlens)
+        cache.check(self, len(counts), ids.device)
+        longest = max(seen + n for seen, n in zip(cache.lengths, counts, strict=True))
+        if self.spec.max_context is not None and longest > self.spec.max_context:
+            raise ValueError(
+                f"a sequence of {longest} tokens is longer than the spec's max_context {self.spec.max_context}"
+            )
+        cache.reserve(longest)  # here, where it counts as a move
+        cache.begin(ids, cu_seqlens)
+        hidden, new_states = self.run_blocks(ids, cache.states, cu_seqlens)
+        cache.stage(new_states)
+        return hidden
+
+    def _settle(self, result: Tensor, ids: Tensor, cache: HybridCache, cu_seqlens: Tensor | None) -> None:
+        """Write what was staged, where `result` is finite; on a GPU that is not asked, since it would wait."""
+        if not result.is_cuda and not bool(torch.isfinite(result).all()):
+            raise ValueError(f"{not_finite(self)}; the cache is as it was")
+        cache.commit()
+        cache.advance(_counts(ids, cu_seqlens))
+
+    def _checked_states(
+        self, ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None
+    ) -> Sequence[BlockState | None]:
+        states: Sequence[BlockState | None] = (None,) * len(self.blocks) if state is None else state
         if not isinstance(states, tuple | list):
             raise TypeError(f"state: expected the state of a model, got {type(states).__name__}")
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected one for each of {len(self.blocks)} layers, got {len(states)}")
         self._check_context(ids, cu_seqlens, states)
-        x = self.embedding(ids)
-        new_states = []
-        for block, each in zip(self.blocks, states, strict=True):
-            x, new = block(x, each, cu_seqlens)
-            new_states.append(new)
-        return self.norm(x), tuple(new_states)
+        return states
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, and of all parameters but those of gates."""
+        return self.embedding.weight.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a cache must have been made for; see `hybridzoo.architectures.cache.fingerprint`."""
+        return fingerprint(self.spec)
+
+    def init_cache(
+        self, n: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> HybridCache:
+        """Return a cache of `n` rows before their first token; `model(ids, state=cache)` writes into it.
+
+        Raises: `ValueError` for less than one row.
+        """
+        if n < 1:
+            raise ValueError(f"a cache needs at least one row, got {n}")
+        where = self.embedding.weight.device if device is None else torch.empty(0, device=device).device
+        kind = dtype or self.dtype
+        layers = tuple(block.init_cache(n, where, kind) for block in self._wrapped_blocks())
+        return HybridCache(layers, self.fingerprint, kind, where, [0] * n)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[..., V]` of `hidden [..., d_model]`."""
@@ -158,15 +261,19 @@ class HybridLM(nn.Module):
 
     def generate(
         self,
-        ids: Tensor | Sequence[Tensor | Sequence[int]],
+        ids: Prompts,
         max_new_tokens: int = 32,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        padding: Padding = "right",
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        eos: int | None = None,
+        min_p: float | None = None,
         seed: int | None = None,
+        eos: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        decode: Decode | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
     ) -> Tensor | list[Tensor]:
         """Return prompts with their continuations; see `hybridzoo.architectures.generate.generate`."""
@@ -175,11 +282,15 @@ class HybridLM(nn.Module):
             ids,
             max_new_tokens,
             lengths=lengths,
+            padding=padding,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            eos=eos,
+            min_p=min_p,
             seed=seed,
+            eos=eos,
+            stop=stop,
+            decode=decode,
             on_tokens=on_tokens,
         )
 
@@ -211,7 +322,7 @@ class HybridLM(nn.Module):
         check_cu_seqlens(cu_seqlens, ids.shape[0], ids.device)
         if not torch.compiler.is_compiling():
             # Read once a call, also where that waits for a GPU: a bad boundary there would end the process.
-            check_bounds(cu_seqlens.tolist(), ids.shape[1])
+            check_bounds(host_bounds(cu_seqlens), ids.shape[1])
 
     def _check_context(self, ids: Tensor, cu_seqlens: Tensor | None, states: Sequence[BlockState | None]) -> None:
         limit = self.spec.max_context
@@ -219,7 +330,7 @@ class HybridLM(nn.Module):
             return
         longest = ids.shape[1]
         if not torch.compiler.is_compiling():
-            lengths = torch.full((1,), longest, device="cpu") if cu_seqlens is None else cu_seqlens.diff().cpu()
+            lengths = torch.tensor([longest] if cu_seqlens is None else _counts(ids, cu_seqlens), device="cpu")
             seen = _seen(states)
             if seen is not None and len(lengths) in (1, len(seen)):  # else the mixers refuse the state
                 lengths = lengths + seen
@@ -245,6 +356,38 @@ class HybridLM(nn.Module):
             targets = targets.masked_fill(starts[1:], IGNORED)
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+@contextmanager
+def _given_up_on_errors(cache: HybridCache) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        cache.discard()
+        raise
+
+
+def _counts(ids: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """The new tokens of each sequence."""
+    return [ids.shape[1]] * ids.shape[0] if cu_seqlens is None else host_counts(cu_seqlens)
+
+
+def not_finite(model: HybridLM) -> str:
+    """Say that a model's result was not finite, and by which parameter where it is one's fault."""
+    if (name := bad_parameter(model)) is not None:
+        return f"the logits are not finite: {name} holds values that are not (NaN or infinite)"
+    return "the logits are not finite, though all parameters are: something overflows"
+
+
+@torch.no_grad()
+def bad_parameter(model: nn.Module) -> str | None:
+    """Return the name of the first parameter that holds a value that is not finite; None where all are."""
+    names, finite = [], []
+    for name, parameter in model.named_parameters():
+        names.append(name)
+        finite.append(torch.isfinite(parameter).all())
+    all_finite = torch.stack(finite).tolist()  # one wait for the device
+    return None if all(all_finite) else names[all_finite.index(False)]
 
 
 def _seen(states: Sequence[BlockState | None]) -> Tensor | None:

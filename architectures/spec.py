@@ -150,6 +150,24 @@ def require_spec(spec: object) -> None:
         raise TypeError(f"expected a Spec, got {type(spec).__name__}{hint}")
 
 
+def idle_content_gates(spec: Spec, length: int) -> dict[str, int]:
+    """Return the content chunks, by label, of mixers whose content gate never acts in sequences of `length` tokens.
+
+    The gate reads the chunk before, and in the first `content_chunk` tokens there is none: it is a token gate there.
+    """
+    used = dict(pair for layer in spec.layers for pair in layer.mixers)
+    return {
+        label: chunk for label, config in used.items() if (chunk := idle_content(dataclasses.asdict(config), length))
+    }
+
+
+def idle_content(words: Mapping[str, Any], length: int) -> int:
+    """Return the content chunk of a mixer of these words if `idle_content_gates` would name it, else 0."""
+    # By word, not by class: a user's own mixer may have the gate too.
+    chunk = int(words.get("content_chunk", 0)) if words.get("erase") == "content" else 0
+    return chunk if chunk >= length else 0
+
+
 def resolve(data: Mapping[str, Any]) -> Spec:
     """Build the spec of merged, interpolated data.
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from hybridzoo.architectures import HybridLM
 
@@ -60,6 +62,29 @@ def test_packed_sequences_compile_whole(shallow: Shallow) -> None:
     eager = model(ids, labels=ids, cu_seqlens=bounds)
     traced = compiled(ids, labels=ids, cu_seqlens=bounds)
     torch.testing.assert_close((traced.loss, traced.logits), (eager.loss, eager.logits), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_state_packed_training_makes_no_keys_for_each_sequence(shallow: Shallow) -> None:
+    """A compiler knows no lengths: a state of N sequences would hold N times the keys of the whole row."""
+    model = shallow("carve-hybrid-tiny", ["mixers.a.window=null"], dtype=torch.float32)
+    ids, bounds = random_ids(256, 1, 70), torch.tensor([0, 3, 3, 9, 66, 70], dtype=torch.int32)
+    made: list[torch.Size] = []
+
+    def seen(graph: torch.fx.GraphModule, inputs: object) -> object:
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        made.extend(value.shape for value in values if isinstance(value, Tensor))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=seen))
+    per_sequence = {}
+    for wanted in (True, False):
+        made.clear()
+        out = compiled(ids, labels=ids, cu_seqlens=bounds, return_state=wanted)
+        assert (out.state is not None) == wanted
+        torch.testing.assert_close(out.loss, model(ids, labels=ids, cu_seqlens=bounds).loss, rtol=1e-5, atol=1e-6)
+        per_sequence[wanted] = [shape for shape in made if tuple(shape[:2]) == (5, 70)]
+    assert per_sequence[True]
+    assert not per_sequence[False]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures import HybridLM, Spec, build_model
+from hybridzoo.architectures import Ending, HybridCache, HybridLM, Sampling, Spec, build_model, stream
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,26 @@ def test_greedy_tokens_of_several_prompts_are_those_of_recomputing_each(
         assert row.tolist() == recomputed(model, prompt, 6).tolist()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "packed"), [([[1, 2, 3]], False), ([[1, 2], [3, 4]], False), ([[1], [2, 3]], True)]
+)
+def test_only_prompts_of_different_lengths_are_packed(
+    model: HybridLM, prompts: list[list[int]], packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, seen = HybridLM.stage, []
+
+    def watched(self: HybridLM, ids: Tensor, cache: HybridCache, cu_seqlens: Tensor | None = None) -> Tensor:
+        seen.append((list(ids.shape), cu_seqlens is not None))
+        return stage(self, ids, cache, cu_seqlens)
+
+    monkeypatch.setattr(HybridLM, "stage", watched)
+    rows = model.generate(prompts, 4)
+    shape = [1, 3] if packed else [len(prompts), len(prompts[0])]
+    assert seen[0] == (shape, packed)
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert row.tolist() == recomputed(model, torch.tensor(prompt), 4).tolist()
+
+
 def test_lists_tensors_and_padded_ids_mean_the_same(model: HybridLM) -> None:
     rows = model.generate([[1, 2, 3], [4]], 6)
     padded = torch.tensor([[1, 2, 3], [4, 9, 9]])
@@ -57,6 +77,7 @@ def test_lists_tensors_and_padded_ids_mean_the_same(model: HybridLM) -> None:
         model.generate([torch.tensor([1, 2, 3]), torch.tensor([4], dtype=torch.uint8)], 6),
         model.generate(padded, 6, lengths=[3, 1]),
         model.generate(padded, 6, lengths=torch.tensor([3, 1])),
+        model.generate(torch.tensor([[1, 2, 3], [9, 9, 4]]), 6, lengths=[3, 1], padding="left"),
     ):
         assert [row.tolist() for row in other] == [row.tolist() for row in rows]
 
@@ -119,6 +140,43 @@ def test_a_row_that_has_ended_hands_out_its_eos(model: HybridLM) -> None:
         assert row == new + [eos] * (len(row) - len(new))
 
 
+def test_a_stream_gives_the_steps_of_generate_one_by_one(model: HybridLM) -> None:
+    words = {"temperature": 1.0, "top_p": 0.9, "seed": 4}
+    rows = model.generate([[1, 2], [3]], 6, **words)
+    steps = list(stream(model, [[1, 2], [3]], 6, sampling=Sampling(**words)))
+    assert torch.stack([step.tokens for step in steps], 1).tolist() == [row[-6:].tolist() for row in rows]
+    assert all(step.new.all() for step in steps)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        stream(model, [[]])  # at once, not at the first step
+    assert next(stream(model, [[1]], 60)).tokens.shape == (1,)  # a reader may leave
+
+
+def test_a_stream_says_which_tokens_are_new(model: HybridLM) -> None:
+    eos = int(model.generate([[1], [7]], 8)[0][3])
+    rows = model.generate([[1], [7]], 8, eos=eos)
+    steps = list(stream(model, [[1], [7]], 8, ending=Ending(eos=eos)))
+    for n, row in enumerate(rows):
+        assert [int(step.tokens[n]) for step in steps if step.new[n]] == row[1:].tolist()
+
+
+def letters(ids: list[int]) -> str:
+    return "".join("abcdefghijk"[i] for i in ids)
+
+
+def test_a_stop_string_ends_a_row_where_it_first_stands_and_stays_in_it(model: HybridLM) -> None:
+    prompts = [[1], [2, 5], [7]]
+    free = [row[len(p) :].tolist() for p, row in zip(prompts, model.generate(prompts, 12), strict=True)]
+    for stop in (letters(free[0][4:6]), [letters(free[0][:1]), letters(free[2][5:8])], "none of it"):
+        rows = model.generate(prompts, 12, stop=stop, decode=letters)
+        for prompt, row, whole in zip(prompts, rows, map(letters, free), strict=True):
+            ends = [whole.find(s) + len(s) for s in ([stop] if isinstance(stop, str) else stop) if s in whole]
+            assert letters(row[len(prompt) :].tolist()) == whole[: min(ends, default=len(whole))]
+    seen: list[Tensor] = []
+    rows = model.generate(prompts, 12, stop=letters(free[0][4:6]), decode=letters, on_tokens=seen.append)
+    ended = [row[0].item() for row in seen]
+    assert set(ended[len(rows[0]) - 1 :]) <= {rows[0][-1].item()}  # an ended row repeats its last token
+
+
 def drawn(model: HybridLM, **words: Any) -> set[int]:
     prompts = torch.tensor([[1, 2]]).expand(3000, 2)
     return set(model.generate(prompts, 1, seed=0, **words)[:, -1].tolist())
@@ -134,6 +192,9 @@ def test_top_k_top_p_and_temperature_draw_from_the_tokens_they_say(model: Hybrid
     held = float((cumulative[1] + cumulative[2]) / 2)  # needs the third to be reached
     assert drawn(model, temperature=1.0, top_p=held) == set(ranked[:3])
     assert drawn(model, temperature=1.0, top_p=1e-9) == {ranked[0]}
+    share = float((probability[ranked[2]] + probability[ranked[3]]) / 2 / probability[ranked[0]])
+    assert drawn(model, temperature=1.0, min_p=share) == set(ranked[:3])
+    assert drawn(model, temperature=1.0, min_p=1.0) == {ranked[0]}
     assert drawn(model, temperature=1e-4) == {ranked[0]}
     assert drawn(model, temperature=5.0) == set(range(11))
 
@@ -179,7 +240,12 @@ def test_draws_follow_the_softmax(model: HybridLM) -> None:
         ([[1]], {"temperature": 1.0, "top_k": 0}, ValueError, "top_k must be at least 1"),
         ([[1]], {"temperature": 1.0, "top_p": 0.0}, ValueError, "top_p must be above 0 and at most 1"),
         ([[1]], {"top_p": 0.5}, ValueError, "give a temperature above 0"),
+        ([[1]], {"temperature": 1.0, "min_p": 1.5}, ValueError, "min_p must be above 0 and at most 1"),
+        ([[1]], {"min_p": 0.5}, ValueError, "give a temperature above 0"),
         ([[1]], {"eos": 11}, ValueError, "eos must lie in 0 to 10"),
+        ([[1]], {"stop": "a"}, ValueError, "stop strings need decode"),
+        ([[1]], {"stop": ["a", ""], "decode": str}, ValueError, r"at least one character, got \['a', ''\]"),
+        (torch.tensor([[1]]), {"lengths": [1], "padding": "middle"}, ValueError, "padding must be 'right' or 'left'"),
     ],
 )
 def test_bad_prompts_and_words_are_refused(
@@ -187,3 +253,23 @@ def test_bad_prompts_and_words_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         model.generate(ids, **words)
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_weight() -> None:
+    torch.manual_seed(0)
+    data = {"name": "nan", "d_model": 8, "vocab_size": 5, "layers": "attention[n_heads=2]", "tie_embeddings": False}
+    model = build_model(Spec.from_dict(data))
+    assert model.head is not None
+    model.head.weight.data[2, 2] = torch.inf
+    for words in ({}, {"temperature": 1.0}):
+        with pytest.raises(ValueError, match=r"the logits are not finite: head\.weight holds values that are not"):
+            model.generate([[1, 2]], 3, **words)
+    model.head.weight.data[2, 2] = 1.0
+    model.norm.weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match="though all parameters are: something overflows"):
+        model.generate([[1, 2]], 3)
+
+
+def test_a_graph_needs_a_gpu(model: HybridLM) -> None:
+    with pytest.raises(ValueError, match="graph=True needs a GPU, and the cache is on cpu"):
+        next(stream(model, [[1]], graph=True))

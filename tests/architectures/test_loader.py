@@ -279,6 +279,14 @@ def test_a_base_that_leads_nowhere_or_in_a_circle_is_refused(write) -> None:
     )
 
 
+def test_a_study_is_no_spec_and_is_said_to_be_one(write) -> None:
+    study = write("study.yaml", "about: two stacks\nspec: carve-tiny\ntasks: {text: {type: bytes}}")
+    assert refusal(study) == "'study.yaml' is a study, which has several stacks: use `hybridzoo study run study.yaml`"
+    assert "'quickstart' is a study" in refusal("quickstart")
+    assert "x.yaml: base: 'quickstart' is a study" in refusal(write("x.yaml", "base: quickstart"))
+    assert "x.yaml: unknown key 'tasks'" in refusal(write("x.yaml", f"{BASE}    tasks: {{}}\n"))  # a slip in a spec
+
+
 def test_bases_that_go_on_for_ever_are_refused(write) -> None:
     for i in range(2000):
         write(f"x{i}.yaml", f"base: x{i + 1}.yaml")

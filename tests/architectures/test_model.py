@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from hybridzoo.architectures import HybridLM, Spec, account, build_model, load_spec
+from hybridzoo.architectures import HybridLM, Spec, account, build_model, idle_content_gates, load_spec
 from hybridzoo.blocks.ffn import FeedForward
 
 Shallow = Callable[..., HybridLM]
@@ -43,6 +43,17 @@ def test_the_loss_asks_each_position_for_the_next_label() -> None:
     pairs = [(b, t) for b in range(2) for t in range(6) if labels[b, t + 1] != -100]
     expected = -torch.stack([out.logits[b, t].log_softmax(-1)[labels[b, t + 1]] for b, t in pairs]).mean()
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_state_that_is_not_asked_for_is_not_returned_and_changes_nothing_else() -> None:
+    model, ids = small_model(), random_ids(11, 2, 7)
+    out, without = model(ids, labels=ids), model(ids, labels=ids, return_state=False)
+    assert without.state is None
+    assert torch.equal(without.loss, out.loss)
+    assert torch.equal(without.logits, out.logits)
+    cache = model.init_cache(2)
+    assert model(ids[:, :4], state=cache, return_state=False).state is None
+    torch.testing.assert_close(model(ids[:, 4:], state=cache).logits, out.logits[:, 4:].detach())
 
 
 def test_the_loss_is_zero_where_no_label_counts() -> None:
@@ -265,3 +276,17 @@ def test_a_small_model_learns_to_count() -> None:
         optimiser.step()
     assert loss < 0.2
     assert model.generate([[3, 4]], 5)[0].tolist() == [3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 9])
+def test_a_content_gate_that_is_named_idle_changes_nothing_and_one_that_is_not_does(tokens: int) -> None:
+    carve = {"type": "carve", "n_heads": 2, "content_chunk": 8, "content_rank": 2}
+    mixers = {"c": carve, "t": {**carve, "erase": "token"}, "unused": {**carve, "content_chunk": 99}}
+    model, ids = small_model(mixers=mixers, layers="c t"), random_ids(11, 1, tokens)
+    before = model(ids).logits
+    for name, parameter in model.named_parameters():
+        if "content_up" in name:
+            torch.nn.init.normal_(parameter, std=9.0)
+    changed = not torch.equal(model(ids).logits, before)
+    assert idle_content_gates(model.spec, tokens) == ({} if changed else {"c": 8})
+    assert changed == (tokens > 8)

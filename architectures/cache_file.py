@@ -1,0 +1,111 @@
+"""A cache on disk: its tensors as safetensors, and in the header what they belong to. cache.py has the cache.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hybridzoo.architectures.cache import HybridCache
+
+if TYPE_CHECKING:
+    from hybridzoo.architectures.model import HybridLM
+
+VERSION = "1"
+SAMPLED = 64  # values of each parameter that tell one model's weights from another's
+
+
+def weights_digest(model: HybridLM) -> str:
+    """Return a digest of the names and shapes of all parameters and of 64 values of each: what training changes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLED)][: SAMPLED + 1].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {sample.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
+    """Write `cache` of `model`, room that is not taken left out. The file replaces another only when it is whole.
+
+    Raises: as `HybridCache.check` does for another model's cache, and `RuntimeError` for one with rows that are lost.
+    """
+    from safetensors.torch import save_file
+
+    cache.check(model, len(cache), cache.device)
+    cache.check_rows()
+    header = {
+        "format": "hybridzoo cache",
+        "version": VERSION,
+        "stack": cache.model,
+        "weights": weights_digest(model),
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        "lengths": json.dumps(cache.lengths),
+    }
+    path = Path(path)
+    half = path.with_name(f".{path.name}.tmp")
+    save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
+    os.replace(half, path)
+
+
+def load_cache(path: str | Path, model: HybridLM) -> HybridCache:
+    """Read a cache for `model`, onto its device.
+
+    Raises: `ValueError` that names the file where it is cut short, no cache, of another version, stack or weights, or
+    without what it should hold; `TypeError` where the model is in another dtype; `FileNotFoundError`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cut short, or not safetensors ({error})") from None
+    if header.get("format") != "hybridzoo cache":
+        raise ValueError(f"{path}: not a cache: HybridCache.save writes one")
+    if header["version"] != VERSION:
+        raise ValueError(
+            f"{path}: a cache of version {header['version']}; this is version {VERSION}, which reads its own"
+        )
+    if header["stack"] != model.fingerprint:
+        raise ValueError(
+            f"{path}: the cache of another model: of a stack {header['stack']}, and {model.spec.name} is "
+            f"{model.fingerprint}"
+        )
+    held = str(model.dtype).removeprefix("torch.")
+    if header["dtype"] != held:
+        raise TypeError(f"{path}: a cache in {header['dtype']}, but the model is in {held}")
+    if header["weights"] != weights_digest(model):
+        raise ValueError(f"{path}: the cache of another model: of the same stack with other weights")
+    lengths: list[int] = json.loads(header["lengths"])
+    cache = model.init_cache(len(lengths))
+    cache.reserve(max(lengths, default=0))
+    cache.advance(lengths)
+    _fill(cache, tensors, path)
+    return cache
+
+
+def _fill(cache: HybridCache, tensors: dict[str, Tensor], path: str | Path) -> None:
+    held = cache.contents()  # keys and values were written without the rest of their last page
+    if held.keys() != tensors.keys():
+        odd = sorted(held.keys() ^ tensors.keys())
+        raise ValueError(f"{path}: does not hold what the model's cache does, as '{odd[0]}'")
+    for name, target in held.items():
+        source = tensors[name]
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise ValueError(f"{path}: '{name}' must be {_kind(target)}, is {_kind(source)}")
+        target.copy_(source)
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
