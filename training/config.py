@@ -5,8 +5,9 @@ May import mixers (for the strict schema). loop.py reads it; a study holds one f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +20,10 @@ class TrainConfig:
 
     `warmup` counts steps; it is cut to half of `steps`. `schedule` takes the rate from `lr` to `lr * final_lr` over the
     steps after it. `clip` bounds the gradient's norm (0: no bound). `device`, `amp` and `compile` left at `auto` mean:
-    a GPU where there is one, and on it bf16 autocast and torch.compile. `eval_every` counts steps between evaluations
-    on the way (0: only at the end); `log_every` steps are averaged into one point of the history.
+    a GPU where there is one, and on it bf16 autocast and torch.compile. `graph` replays each step as a CUDA graph (on a
+    GPU; a shape of batch is captured once): what a small model takes is mostly the host's time to start its kernels.
+    `eval_every` counts steps between evaluations on the way (0: only at the end); `log_every` steps are averaged into
+    one point of the history.
 
     Raises: `SpecError` naming the key, for a value that cannot train.
     """
@@ -39,6 +42,7 @@ class TrainConfig:
     device: str = "auto"
     amp: Literal["auto", "bf16", "none"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    graph: bool = False
     eval_every: int = 0
     log_every: int = 10
 
@@ -66,6 +70,34 @@ class TrainConfig:
         except RuntimeError:
             raise SpecError(f".device: '{self.device}' is not auto, cpu, cuda or cuda:N") from None
 
+    def device_type(self) -> str:
+        """Return `cpu`, `cuda` or another type that `device` stands for here, be there such a device or not."""
+        device = self._named_device()
+        if device is None:
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return device.type
+
+    def in_bf16(self) -> bool:
+        """Whether forward passes run under bf16 autocast."""
+        return self.amp == "bf16" or (self.amp == "auto" and self.device_type() == "cuda")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context that forward passes run in, of training and of scoring."""
+        return torch.autocast(self.device_type(), torch.bfloat16) if self.in_bf16() else contextlib.nullcontext()
+
+    def compiled(self) -> bool:
+        """Whether the training step goes through torch.compile."""
+        return self.device_type() == "cuda" if self.compile == "auto" else self.compile
+
+    def resolved(self) -> TrainConfig:
+        """Return the config with each `auto` replaced by what it stands for here; which GPU stays open."""
+        return replace(
+            self,
+            device=self.device_type() if self.device == "auto" else self.device,
+            amp="bf16" if self.in_bf16() else "none",
+            compile=self.compiled(),
+        )
+
     def resolve_device(self) -> torch.device:
         """Return the device that `device` stands for here.
 
@@ -74,7 +106,10 @@ class TrainConfig:
         """
         device = self._named_device()
         if device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device(self.device_type())
         if device.type == "cuda" and not torch.cuda.is_available():
             raise SpecError(f"train.device: '{self.device}' is asked for, but torch sees no GPU here")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+            raise SpecError(f"train.device: '{self.device}' is asked for, but torch sees only {there} here")
         return device

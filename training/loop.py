@@ -10,12 +10,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridzoo.training.config import TrainConfig
+from hybridzoo.training.graph import Graphs
 from hybridzoo.training.history import Evaluation, History
 from hybridzoo.training.optimiser import build_optimiser, learning_rate, set_learning_rate
 from hybridzoo.training.task import Task
@@ -35,14 +35,16 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, for whoever shows it."""
+    """Where a run stands, for whoever shows it. `metrics` are the last there are; `evaluated` says if of this step."""
 
     step: int
     steps: int
     loss: float
+    grad_norm: float
     lr: float
     tokens_per_second: float
     metrics: dict[str, float]
+    evaluated: bool
 
 
 def train(
@@ -74,6 +76,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def _loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """All that a step reads of its model: compiled, what else a model returns is neither made nor differentiated."""
+    loss: Tensor = model(ids, labels=labels).loss
+    return loss
+
+
 class _Run:
     """One call of `train`: the pieces that every step needs, and the numbers since the last point."""
 
@@ -84,13 +92,14 @@ class _Run:
         self.task, self.config, self.on_progress = task, config, on_progress
         self.model = model.to(self.device)
         on_gpu = self.device.type == "cuda"
-        self.bf16 = config.amp == "bf16" or (config.amp == "auto" and on_gpu)
-        compiled = on_gpu if config.compile == "auto" else config.compile
+        compiled = config.compiled()
         # Only the training step is compiled: evaluation meets many lengths, each of which would compile anew.
-        self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+        self.loss = torch.compile(_loss) if compiled else _loss
         self.warm = not compiled
-        self.optimiser = build_optimiser(self.model, config)
+        graphed = config.graph and on_gpu
+        self.optimiser = build_optimiser(self.model, config, capturable=graphed)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.graphs = Graphs(self.device) if graphed else None
         self.generator = torch.Generator().manual_seed(config.seed)
         self.history = History(device=str(self.device))
         self.pending: list[Tensor] = []  # [loss, gradient norm] of each step not yet written, still on the device
@@ -98,6 +107,11 @@ class _Run:
         self.started = 0.0
 
     def run(self) -> History:
+        # Streams, graphs and kernels are of the current GPU, which need not be the one that was asked for.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            return self._train()
+
+    def _train(self) -> History:
         config = self.config
         self.model.train()
         self.started = time.perf_counter()
@@ -121,19 +135,20 @@ class _Run:
         ids = batch.ids.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         set_learning_rate(self.optimiser, rate)
-        with self._autocast():
-            loss = self.forward(ids, labels=labels).loss
-        loss.backward()
-        bound = self.config.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters, bound)
         # No wait for the device here: a bad step is found when its point is written, at most log_every steps later.
-        self.pending.append(torch.stack([loss.detach().float(), norm.detach().float()]))
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        graphs, update = self.graphs, self._update
+        self.pending.append(update(ids, labels) if graphs is None else graphs.run(update, ids, labels))
         self.tokens += ids.numel()
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+    def _update(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Take one step of the optimiser; return the loss and the gradient's norm, [2] on the device."""
+        with self.config.autocast():
+            loss = self.loss(self.model, ids, labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach().float(), norm.detach().float()])
 
     def _restart_clock(self) -> None:
         if self.device.type == "cuda":
@@ -167,7 +182,7 @@ class _Run:
                 )
 
     def _evaluate(self, done: int) -> None:
-        with evaluating(self.model), self._autocast():
+        with evaluating(self.model), self.config.autocast():
             metrics = self.task.evaluate(self.model, self.device, quick=done < self.config.steps)
         self.history.evaluations.append(Evaluation(done, {name: float(value) for name, value in metrics.items()}))
         self.started = time.perf_counter()
@@ -176,6 +191,15 @@ class _Run:
         if self.on_progress is None:
             return
         history = self.history
-        progress = Progress(done, self.config.steps, history.loss[-1], rate, history.tokens_per_second, history.metrics)
+        progress = Progress(
+            step=done,
+            steps=self.config.steps,
+            loss=history.loss[-1],
+            grad_norm=history.grad_norm[-1],
+            lr=rate,
+            tokens_per_second=history.tokens_per_second,
+            metrics=history.metrics,
+            evaluated=bool(history.evaluations) and history.evaluations[-1].step == done,
+        )
         self.on_progress(progress)
         self.started = time.perf_counter()

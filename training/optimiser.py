@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridzoo.training.config import TrainConfig
 
@@ -28,8 +28,11 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "_no_weight_decay", False)
 
 
-def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters of `model`, in two groups: with weight decay and without."""
+def build_optimiser(model: nn.Module, config: TrainConfig, capturable: bool = False) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters of `model`, in two groups: with weight decay and without.
+
+    With `capturable` its steps can be captured in a CUDA graph: the learning rate is then a tensor on the device.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("the model has no trainable parameters")
@@ -39,7 +42,12 @@ def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     ]
     fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+        [group for group in groups if group["params"]],
+        lr=torch.tensor(config.lr, device=named[0][1].device) if capturable else config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+        capturable=capturable,
     )
 
 
@@ -63,4 +71,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     """Give every group of `optimiser` the same rate."""
     groups: Iterable[dict[str, object]] = optimiser.param_groups
     for group in groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # a captured step reads it where it lies
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -29,6 +29,7 @@ def raised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     return ranks.run(torch.cuda.device_count(), "cuda", tmp_path_factory.mktemp("ranks"), LIMIT)
 
 
+@pytest.mark.xdist_group("a process a GPU")
 @pytest.mark.parametrize("name", ranks.CHECKS)
 def test_with_a_process_a_gpu_it_holds_that(raised: dict[str, str | None], name: str) -> None:
     assert raised[name] is None, raised[name]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
+from hybridzoo.architectures import Spec, build_model
 from hybridzoo.mixers.schema import SpecError, convert
 from hybridzoo.training import DivergedError, History, Progress, TrainConfig, train
 
@@ -139,7 +144,48 @@ def test_a_config_that_cannot_train_is_refused_by_key(words, message):
         convert(TrainConfig, words, "train")
 
 
+def test_a_gpu_of_a_number_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SpecError, match=r"train.device: 'cuda:2' is asked for, but torch sees only cuda:0, cuda:1"):
+        TrainConfig(device="cuda:2").resolve_device()
+    assert TrainConfig(device="cuda:1").resolve_device() == torch.device("cuda:1")
+    assert TrainConfig(device="cuda").resolve_device() == torch.device("cuda")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")
 def test_a_gpu_that_is_not_there_is_named_when_training_starts(tiny_model, counting_task):
     with pytest.raises(SpecError, match="'cuda' is asked for, but torch sees no GPU here"):
         train(tiny_model(), counting_task, TrainConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_compiled_step_makes_the_loss_alone_and_trains_as_the_plain_one_does(counting_task, monkeypatch, amp):
+    """Logits and states that a compiled step returned would be held, and their gradients made of zeros."""
+    data = {
+        "name": "small",
+        "d_model": 16,
+        "vocab_size": counting_task.vocab_size,
+        "mixers": {"a": {"type": "attention", "n_heads": 2}, "c": {"type": "carve", "n_heads": 2, "head_dim": 8}},
+        "layers": "c a",
+    }
+
+    def small():
+        return build_model(Spec.from_dict(data))
+
+    returned = []
+
+    def backend(graph, inputs):
+        (outputs,) = graph.graph.output_node().args
+        returned.append([tuple(output.meta["example_value"].shape) for output in outputs])
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain = TrainConfig(steps=4, batch_size=4, lr=1e-2, log_every=1, amp=amp, device="cpu", compile=False)
+    _, expected = run(small, counting_task, plain)
+    assert not returned
+    _, found = run(small, counting_task, dataclasses.replace(plain, compile=True))
+    assert returned == [[()]]
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5 if amp == "none" else 2e-2)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4 if amp == "none" else 5e-2)

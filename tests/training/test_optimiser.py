@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hybridzoo.training import TrainConfig, build_optimiser, learning_rate
+from hybridzoo.training.optimiser import set_learning_rate
 
 
 def test_matrices_decay_and_norms_biases_and_gate_rates_do_not(tiny_model):
@@ -75,3 +76,11 @@ def test_one_clipped_step_moves_no_further_than_the_clip_allows(tiny_model, coun
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     total = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert total <= 1.0 + 1e-4
+
+
+def test_a_rate_that_a_captured_step_reads_is_changed_where_it_lies(tiny_model):
+    optimiser = build_optimiser(tiny_model(), TrainConfig(lr=0.5), capturable=True)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    set_learning_rate(optimiser, 0.25)
+    assert all(group["lr"] is rate for group, rate in zip(optimiser.param_groups, rates, strict=True))
+    assert [float(rate) for rate in rates] == [0.25, 0.25]
