@@ -12,14 +12,16 @@ import inspect
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import hybridzoo
 from hybridzoo.kernels.source import folder_digest, source_digest
+from hybridzoo.mixers.user_code import import_user_code
 
 _DECIDING = ("kernels", "mixers", "blocks", "architectures", "training", "studies/tasks")
+_SCRIPT = ("__main__", "__mp_main__")  # of the process that was started, and of its workers
 _KNOWN = ("hybridzoo", "torch", "builtins", "typing", "abc")  # in no module of these is a user's own code
 
 
@@ -37,13 +39,53 @@ def code_digest(classes: Iterable[type], modules: Iterable[ModuleType] = ()) -> 
     reached = [module for module in _reached(roots) if module.__name__ != "__main__"]
     texts = [*map(_source, typed), *map(_source, reached)]
     own = {text for text in texts if text is not None}
-    return source_digest([f"zoo = '{_zoo_digest()}'", *sorted(own)])
+    return source_digest([f"zoo = '{zoo_digest()}'", *sorted(own)])
+
+
+def zoo_digest() -> str:
+    """Return the hash of the zoo's own code that trains and scores, as it lies on this machine's disk."""
+    return _zoo_digest()
 
 
 @functools.cache
 def _zoo_digest() -> str:
     root = Path(hybridzoo.__file__).parent
     return folder_digest(*(root / name for name in _DECIDING))
+
+
+def own_digests(imports: Iterable[str]) -> dict[str, str]:
+    """Return the hash of each of a user's own modules as it lies on the disk: those that `imports` name, by that word,
+    and those that they import, by their name.
+
+    A script that runs a study is left out: a worker may have it under another name, or not at all.
+    """
+    named = {name: import_user_code(name) for name in imports}
+    known = {id(module) for module in named.values()}
+    reached = {module.__name__: module for module in _reached(named.values()) if id(module) not in known}
+    found = {name: _module_digest(one) for name, one in {**reached, **named}.items() if one.__name__ not in _SCRIPT}
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def changed_modules(planned: Mapping[str, str], imports: Iterable[str]) -> list[str]:
+    """Import a user's modules, and name those of `planned`, from `own_digests`, that are not the same here.
+
+    What is imported stays, so each is judged by its text when this process first looked. One that `imports` do not
+    name, and that is not imported yet, is not judged.
+    """
+    named = {name: import_user_code(name) for name in imports}
+    here = {name: named.get(name) or sys.modules.get(name) for name in planned}
+    return [name for name, one in here.items() if one is not None and _first_digest(one) != planned[name]]
+
+
+@functools.cache
+def _first_digest(module: ModuleType) -> str:
+    return _module_digest(module)
+
+
+def _module_digest(module: ModuleType) -> str:
+    """The hash of a module's text; empty for one without source."""
+    text = _source(module)
+    return "" if text is None else source_digest([text])
 
 
 def _source(one: type | ModuleType) -> str | None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from hybridzoo.studies.plan import Plan
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.studies.trial import Trial
 from hybridzoo.training import Progress as TrainingProgress
@@ -34,17 +35,25 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return `1 trial` or `4 trials`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Display:
     """Hears of everything and shows nothing: the base of the others, and what tests and scripts use.
 
-    `shown` tells how each task's score is printed. Times left are guessed from the finished trials of the same task.
+    `plan` tells what a trial is called and how its score is printed. Times left are guessed from the finished trials of
+    the same task.
     """
 
-    def begin(self, trials: Sequence[Trial], reused: int, processes: int, shown: dict[str, Shown]) -> None: ...
+    def begin(self, trials: Sequence[Trial], reused: int, processes: int, plan: Plan) -> None: ...
 
     def started(self, trial: Trial) -> None: ...
 
     def progress(self, trial: Trial, progress: TrainingProgress) -> None: ...
+
+    def lost(self, trial: Trial, why: str) -> None: ...
 
     def ended(self, trial: Trial, result: dict[str, Any]) -> None: ...
 
@@ -56,11 +65,20 @@ class Display:
 class _Counting(Display):
     """Keeps the count and the estimate that both visible displays print."""
 
-    def begin(self, trials: Sequence[Trial], reused: int, processes: int, shown: dict[str, Shown]) -> None:
+    def begin(self, trials: Sequence[Trial], reused: int, processes: int, plan: Plan) -> None:
         self.waiting = {trial.key: trial for trial in trials}
+        self.titles = plan.titles(trials)
         self.total, self.done, self.reused = len(trials) + reused, reused, reused
-        self.processes, self.shown = max(1, processes), shown
+        self.processes, self.shown = max(1, processes), plan.shown
         self.seconds: dict[str, list[float]] = {}
+        if reused:
+            self.note(f"{reused} of {self.total} trials are already finished")
+
+    def title(self, trial: Trial) -> str:
+        return self.titles.get(trial.key, trial.title)
+
+    def lost(self, trial: Trial, why: str) -> None:
+        self.note(f"{self.title(trial)}: {why}; it is started again")
 
     def ended(self, trial: Trial, result: dict[str, Any]) -> None:
         self.done += 1
@@ -91,21 +109,16 @@ class PlainDisplay(_Counting):
         self.file, self.every = file or sys.stderr, every
         self.last = time.monotonic()
 
-    def begin(self, trials: Sequence[Trial], reused: int, processes: int, shown: dict[str, Shown]) -> None:
-        super().begin(trials, reused, processes, shown)
-        if reused:
-            self.note(f"{reused} of {self.total} trials are already finished")
-
     def progress(self, trial: Trial, progress: TrainingProgress) -> None:
         if time.monotonic() - self.last > self.every:
-            self.note(f"        {trial.title}: step {progress.step}/{progress.steps}, loss {progress.loss:.3f}")
+            self.note(f"        {self.title(trial)}: step {progress.step}/{progress.steps}, loss {progress.loss:.3f}")
 
     def ended(self, trial: Trial, result: dict[str, Any]) -> None:
         super().ended(trial, result)
         width = len(str(self.total))
         left = self.time_left()
         tail = f" ({left})" if left else ""
-        self.note(f"[{self.done:{width}}/{self.total}] {trial.title}: {self.outcome(trial, result)}{tail}")
+        self.note(f"[{self.done:{width}}/{self.total}] {self.title(trial)}: {self.outcome(trial, result)}{tail}")
 
     def note(self, text: str) -> None:
         print(text, file=self.file, flush=True)
@@ -127,17 +140,18 @@ class LiveDisplay(_Counting):
             refresh_per_second=4,
         )
         self.rows: dict[str, TaskID] = {}
+        self.overall: TaskID | None = None
 
-    def begin(self, trials: Sequence[Trial], reused: int, processes: int, shown: dict[str, Shown]) -> None:
-        super().begin(trials, reused, processes, shown)
-        if reused:
-            self.note(f"{reused} of {self.total} trials are already finished")
+    def begin(self, trials: Sequence[Trial], reused: int, processes: int, plan: Plan) -> None:
+        super().begin(trials, reused, processes, plan)
+        if self.overall is not None:  # of the round before: pilots, then trials
+            self.bars.remove_task(self.overall)
         self.overall = self.bars.add_task("[bold]all trials", total=self.total, completed=self.done, detail="")
         self.bars.start()
 
     def started(self, trial: Trial) -> None:
         steps = trial.train["steps"]
-        self.rows[trial.key] = self.bars.add_task(escape(trial.title), total=steps, detail="starting")
+        self.rows[trial.key] = self.bars.add_task(escape(self.title(trial)), total=steps, detail="starting")
 
     def progress(self, trial: Trial, progress: TrainingProgress) -> None:
         shown = self.shown[trial.task]
@@ -146,13 +160,20 @@ class LiveDisplay(_Counting):
             detail += f"  {format_score(shown, progress.metrics[shown.metric])}"
         self.bars.update(self.rows[trial.key], completed=progress.step, detail=detail)
 
+    def lost(self, trial: Trial, why: str) -> None:
+        super().lost(trial, why)
+        self.bars.remove_task(self.rows.pop(trial.key))
+
     def ended(self, trial: Trial, result: dict[str, Any]) -> None:
         super().ended(trial, result)
         if trial.key in self.rows:
             self.bars.remove_task(self.rows.pop(trial.key))
         failed = result["status"] == "failed"
         mark = "[red]✗[/]" if failed else "[green]✓[/]"
-        self.bars.console.print(f"{mark} {escape(trial.title)}: {escape(self.outcome(trial, result))}", highlight=False)
+        self.bars.console.print(
+            f"{mark} {escape(self.title(trial))}: {escape(self.outcome(trial, result))}", highlight=False
+        )
+        assert self.overall is not None
         self.bars.update(self.overall, completed=self.done, detail=self.time_left())
 
     def note(self, text: str) -> None:

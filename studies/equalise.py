@@ -1,6 +1,6 @@
-"""Make stacks equal in parameters by the width of their channel mixers, and say which cannot be.
+"""The width of the channel mixers as the means to a budget: the one at which a count comes closest to its target.
 
-May import architectures. A stack that cannot reach the budget is reported, never bent: nothing but the FFN width moves.
+May import architectures. solve.py asks for it; nothing but the FFN width moves here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from hybridzoo.architectures import Spec, account
 
-Count = Callable[[Spec], float]
+Count = Callable[[Spec], int]
 
 MAX_WIDTH = 2**24  # a width past any use: a budget that needs it is a typing error
 
@@ -20,12 +20,12 @@ class Equalised:
     """A spec brought to a budget: `value` is what it came to, `why` says what is wrong if it is not `reached`."""
 
     spec: Spec
-    value: float
+    value: int
     reached: bool
     why: str = ""
 
 
-def parameters(spec: Spec) -> float:
+def parameters(spec: Spec) -> int:
     """Count a spec's parameters."""
     return account(spec, context=1).parameters
 
@@ -44,6 +44,8 @@ def equalise(spec: Spec, target: float, tolerance: float, count: Count = paramet
     integer. `reached` is false where even the best width stays further than `tolerance` (a share of the target) away.
     """
     now = count(spec)
+    if now == target:
+        return Equalised(spec, now, True)
     if all(layer.ffn is None for layer in spec.layers):
         return _judged(spec, now, target, tolerance, "it has no FFN whose width could change that")
     width = _width(spec, target, count)
@@ -58,23 +60,29 @@ def equalise(spec: Spec, target: float, tolerance: float, count: Count = paramet
     return _judged(best, value, target, tolerance, bound)
 
 
-def _judged(spec: Spec, value: float, target: float, tolerance: float, bound: str) -> Equalised:
-    off = value / target - 1
-    if abs(off) <= tolerance:
+def _judged(spec: Spec, value: int, target: float, tolerance: float, bound: str) -> Equalised:
+    if within(value, target, tolerance):
         return Equalised(spec, value, True)
-    return Equalised(
-        spec,
-        value,
-        False,
-        f"{value:,.0f} against {target:,.0f} ({100 * off:+.1f} %, tolerance {100 * tolerance:g} %): {bound}",
-    )
+    off = f"{distance(value, target)}, tolerance {100 * tolerance:g} %"
+    return Equalised(spec, value, False, f"{value:,} against {target:,.0f} ({off}): {bound}")
+
+
+def within(value: int, target: float, tolerance: float) -> bool:
+    """Whether `value` is no further than a share of `tolerance` from its target."""
+    return abs(value / target - 1) <= tolerance
+
+
+def distance(value: int, target: float) -> str:
+    """Say how far a value is from its target: `+0.3 %`."""
+    percent = round(100 * (value / target - 1), 1)
+    return f"{percent or 0:+.1f} %"  # or 0: rounding may leave a minus before it
 
 
 def _width(spec: Spec, target: float, count: Count) -> int:
     """Return the integer width at which `count` is closest to `target`: a bracket, then interpolation inside it."""
-    known: dict[int, float] = {}
+    known: dict[int, int] = {}
 
-    def at(width: int) -> float:
+    def at(width: int) -> int:
         if width not in known:
             known[width] = count(with_width(spec, width))
         return known[width]

@@ -5,25 +5,64 @@ Every seed is drawn, not only means; the same stack has the same look in all of 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
+from hybridzoo.studies.canvas import (
+    chance,
+    entries,
+    every_cell,
+    head,
+    named,
+    new_figure,
+    panels,
+    point,
+    scores,
+    shape,
+    spread,
+    under,
+    value_axis,
+)
+from hybridzoo.studies.figures_inside import gate_figure, placement_map
+from hybridzoo.studies.figures_learning import learning_curves, level_curve
+from hybridzoo.studies.figures_ratio import ratio_curve
+from hybridzoo.studies.findings import Findings, on_frontier
+from hybridzoo.studies.solve import BUDGET_WORDS, UNITS
 from hybridzoo.studies.style import INK, SOFT, Look, legend_below, looks
-from hybridzoo.studies.tasks import Shown
+from hybridzoo.studies.verdicts import parts
 from hybridzoo.training.units import size
-
-LOW = 1 / 3  # where every percentage is below this, an axis up to 100 % would make them one flat band
 
 
 def draw_all(findings: Findings) -> dict[str, Any]:
-    """Return every picture that the findings allow, by the stem of its file's name."""
-    drawn = looks(findings.plan.stacks)
+    """Return every picture that the findings allow, by the stem of its file's name.
+
+    Of several budgets each has pictures of its own, whose stems begin with `BUDGET--`, and `between--TASK` sets the
+    ratio curves of all beside each other; a stack looks the same in all of them.
+    """
+    drawn = looks(list({stack.label: stack for stack in findings.plan.stacks}.values()))
+    each = parts(findings)
+    if len(each) == 1:
+        return _draw(findings, drawn)
+    pictures: dict[str, Any] = {}
+    for task in findings.plan.shown:
+        panes = [(f"{task}, equal {BUDGET_WORDS[name]}", part, task) for name, part in each.items() if part.of(task)]
+        if len(panes) > 1:
+            pictures[f"between--{task}"] = ratio_curve(panes, drawn)
+    for budget, part in each.items():
+        pictures |= {f"{budget}--{stem}": figure for stem, figure in _draw(part, drawn).items()}
+    return pictures
+
+
+def _draw(findings: Findings, drawn: dict[str, Look]) -> dict[str, Any]:
     tasks = [task for task in findings.plan.shown if findings.of(task)]
     pictures: dict[str, Any] = {}
     if tasks:
-        pictures["ratio"] = ratio_curve(findings, tasks, drawn)
+        pictures["ratio"] = ratio_curve([(task, findings, task) for task in tasks], drawn)
+        for task in tasks:
+            if (placed := placement_map(findings, task)) is not None:
+                pictures[f"placement-{task}"] = placed
         for task in tasks:
             if findings.shown(task).levels:
                 pictures[f"levels-{task}"] = level_curve(findings, task, drawn)
@@ -31,183 +70,53 @@ def draw_all(findings: Findings) -> dict[str, Any]:
         for task in tasks:
             if any(len(cell.curve(findings.shown(task).metric)[0]) > 1 for cell in findings.of(task)):
                 pictures[f"learning-{task}"] = learning_curves(findings, task, drawn)
+        for task in tasks:
+            if (gates := gate_figure(findings, task, drawn)) is not None:
+                pictures[f"gates-{task}"] = gates
     pictures["parameters"] = parameter_counts(findings, drawn)
     return pictures
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
-
-
-def _panels(number: int, height: float = 4.0) -> tuple[Any, list[Any]]:
-    figure = _figure(min(5.4 * number + 0.6, 11.4) if number > 1 else 7.2, height)
-    return figure, list(figure.subplots(1, number, squeeze=False)[0])
-
-
-def _handles(cells: Sequence[Cell], drawn: dict[str, Look], line: bool = False) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    style = "-" if line else "none"
-    return [
-        Line2D([], [], color=look.colour, marker=look.mark, markersize=7, linestyle=style, label=cell.stack.label)
-        for cell in cells
-        for look in [drawn[cell.stack.label]]
-    ]
-
-
-def _every_cell(findings: Findings, tasks: Sequence[str]) -> list[Cell]:
-    """One cell of each stack that has any, in the study's order: what a legend lists."""
-    found = {cell.stack.label: cell for task in tasks for cell in findings.of(task)}
-    return [found[stack.label] for stack in findings.plan.stacks if stack.label in found]
-
-
-def _value_axis(axes: Any, shown: Shown, values: Iterable[float]) -> None:
-    """Name and scale the axis of scores: percentages to 100 or, where all `values` are low, to a little above them."""
-    from matplotlib.ticker import PercentFormatter
-
-    better = "higher is better" if shown.maximise else "lower is better"
-    axes.set_ylabel(f"{shown.label} ({better})")
-    if shown.percent:
-        highest = max([*values, shown.chance or 0.0])
-        top = 1.0 if highest >= LOW or highest <= 0 else 1.1 * highest
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top == 1 else None))
-        axes.set_ylim(-0.03 * top, 1.05 * top)
-
-
-def _scores(cells: Sequence[Cell]) -> list[float]:
-    return [score for cell in cells for score in cell.scores]
-
-
-def _chance(axes: Any, shown: Shown) -> None:
-    if shown.chance is None:
-        return
-    axes.axhline(shown.chance, color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
-    axes.annotate(
-        "guessing",
-        (1, shown.chance),
-        xycoords=("axes fraction", "data"),
-        xytext=(3, 0),  # right of the axes, where no mark can be
-        textcoords="offset points",
-        va="center",
-        annotation_clip=False,
-        fontsize=8,
-        color=SOFT,
-    )
-
-
-def _point(axes: Any, x: float, cell: Cell, look: Look) -> None:
-    """Draw a stack's mean, its seeds, and a bar that spans them."""
-    axes.plot([x, x], [min(cell.scores), max(cell.scores)], color=look.colour, linewidth=1.6, alpha=0.55, zorder=3)
-    axes.plot(
-        [x] * len(cell.scores), cell.scores, linestyle="none", marker="_", markersize=7, color=look.colour, zorder=3
-    )
-    axes.plot(x, cell.mean, marker=look.mark, markersize=8.5, color=look.colour, markeredgecolor="white", zorder=4)
-
-
-def ratio_curve(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]) -> Any:
-    """Draw quality against the share of mixers that are softmax attention, one panel a task, one line a family."""
-    from matplotlib.ticker import PercentFormatter
-
-    figure, panels = _panels(len(tasks))
-    for axes, task in zip(panels, tasks, strict=True):
-        shown, curves = findings.shown(task), families(findings.of(task))
-        places = _dodged(curves, findings.of(task))
-        for curve in curves.values():
-            if len(curve) > 1:
-                xs, ys = [places[cell.stack.label] for cell in curve], [cell.mean for cell in curve]
-                axes.plot(xs, ys, color="#9aa7b4", linewidth=1.4, zorder=2)
-        for cell in reversed(findings.of(task)):  # the study's first on top
-            _point(axes, places[cell.stack.label], cell, drawn[cell.stack.label])
-        axes.set_title(task)
-        axes.set_xlabel("share of mixers that are softmax attention")
-        axes.set_xlim(-0.06, 1.06)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _value_axis(axes, shown, _scores(findings.of(task)))
-        _chance(axes, shown)
-    legend_below(figure, _handles(_every_cell(findings, tasks), drawn))
-    return figure
-
-
-def _dodged(curves: dict[str, list[Cell]], cells: Sequence[Cell]) -> dict[str, float]:
-    """Give each stack its place on the ratio axis; curves at one ratio stand side by side, the largest in place."""
-    order: dict[str, int] = {}
-    for place, curve in enumerate(sorted(curves.values(), key=len, reverse=True)):
-        for cell in curve:
-            order.setdefault(cell.stack.label, place)
-    places: dict[str, float] = {}
-    taken: dict[float, int] = {}
-    for cell in sorted(cells, key=lambda cell: order.get(cell.stack.label, -1)):
-        number = taken.get(cell.stack.attention, 0)
-        taken[cell.stack.attention] = number + 1
-        step = 0.022 * ((number + 1) // 2) * (1 if number % 2 else -1)
-        places[cell.stack.label] = cell.stack.attention + step
-    return places
-
-
-def level_curve(findings: Findings, task: str, drawn: dict[str, Look]) -> Any:
-    """Draw the score against the task's difficulty, one line a stack: what it holds before it gives way."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    shown = findings.shown(task)
-    figure, (axes,) = _panels(1, 4.4)
-    levels = [level for level, _ in shown.levels]
-    for place, cell in reversed(list(enumerate(findings.of(task)))):  # lines at one height nest, the first innermost
-        look = drawn[cell.stack.label]
-        values = [cell.level(metric) for _, metric in shown.levels]
-        means = [statistics.fmean(v) for v in values]
-        axes.fill_between(
-            levels, [min(v) for v in values], [max(v) for v in values], color=look.colour, alpha=0.13, linewidth=0
-        )
-        axes.plot(
-            *(levels, means),
-            color=look.colour,
-            linewidth=1.5 + 0.2 * place,
-            marker=look.mark,
-            markersize=6.5,
-            markeredgecolor="white",
-        )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(levels))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(level) for level in levels])
-    axes.set_xlabel(shown.level_axis)
-    axes.set_title(task)
-    reached = [value for cell in findings.of(task) for _, metric in shown.levels for value in cell.level(metric)]
-    _value_axis(axes, shown, reached)
-    axes.set_ylabel("recall (higher is better)" if shown.percent else axes.get_ylabel())
-    _chance(axes, shown)
-    legend_below(figure, _handles(findings.of(task), drawn, line=True), columns=3)
-    return figure
-
-
 def frontier(findings: Findings, tasks: Sequence[str], drawn: dict[str, Look]) -> Any:
     """Draw quality against what a sequence must keep at inference, and the frontier that no stack beats on both."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     context = findings.plan.study["context"]
-    figure, panels = _panels(len(tasks))
-    for axes, task in zip(panels, tasks, strict=True):
+    figure, grid = panels(len(tasks), 3.7)
+    _, across = shape(len(tasks))
+    for place, (axes, task) in enumerate(zip(grid, tasks, strict=True)):
         shown, cells = findings.shown(task), findings.of(task)
-        costs = [float(cell.stack.state_bytes) for cell in cells]
+        costs = {cell.stack.label: float(cell.stack.state_bytes) for cell in cells}
+        octaves = [math.log2(cost) for cost in costs.values()]
+        low, high = min(octaves), max(octaves)
+        low, high = low - 0.1 * max(high - low, 2), high + 0.1 * max(high - low, 2)
+        # The line goes through the marks: stacks that keep the same stand side by side, and keep their order.
+        places = dict(zip(costs, (2.0**x for x in spread(octaves, range(len(cells)), high - low)), strict=True))
         best = on_frontier(cells, shown.maximise)
-        xs, ys = [float(cell.stack.state_bytes) for cell in best], [cell.mean for cell in best]
+        xs, ys = [places[cell.stack.label] for cell in best], [cell.mean for cell in best]
         axes.set_xscale("log", base=2)
-        low, high = min(costs) / 1.8, max(costs) * 1.8
-        axes.step([*xs, high], [*ys, ys[-1]], where="post", color=INK, linewidth=1.1, alpha=0.65, zorder=2)
-        for cell, cost in reversed(list(zip(cells, costs, strict=True))):
-            _point(axes, cost, cell, drawn[cell.stack.label])
-        axes.set_xlim(low, high)
-        axes.set_title(task)
-        axes.set_xlabel(f"bytes a sequence keeps after {context:,} tokens")
-        axes.xaxis.set_major_locator(LogLocator(base=4 if high / low < 2**14 else 16))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        _value_axis(axes, shown, _scores(cells))
-        _chance(axes, shown)
-    legend_below(figure, [*_handles(_every_cell(findings, tasks), drawn), _frontier_handle()])
+        axes.step([*xs, 2**high], [*ys, ys[-1]], where="post", color=INK, linewidth=1.1, alpha=0.65, zorder=2)
+        for cell in reversed(cells):
+            point(axes, places[cell.stack.label], cell.scores, drawn[cell.stack.label])
+        axes.set_xlim(2**low, 2**high)
+        _byte_ticks(axes, low, high, figure.get_figwidth() / across)
+        head(axes, task, named(shown), across)
+        if place + across >= len(tasks):
+            under(axes, f"bytes a sequence keeps after {context:,} tokens", across)
+        value_axis(axes, shown, scores(cells))
+        chance(axes, shown)
+    legend_below(figure, [*entries(every_cell(findings, tasks), drawn), _frontier_handle()])
     return figure
+
+
+def _byte_ticks(axes: Any, low: float, high: float, inches: float) -> None:
+    """Set ticks at powers of two of bytes, between 2**low and 2**high, as many as have room for their labels."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    room = max(2, int(72 * (inches - 1.2) / 50))
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    stride = next(step for step in (1, 2, 4, 5, 10, 20, 40, 80) if len([p for p in powers if p % step == 0]) <= room)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers if power % stride == 0]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: re.sub(r"\.0+ ", " ", size(value))))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _frontier_handle() -> Any:
@@ -216,60 +125,26 @@ def _frontier_handle() -> Any:
     return Line2D([], [], color=INK, alpha=0.65, linewidth=1.1, label="frontier: none is better on both")
 
 
-def learning_curves(findings: Findings, task: str, drawn: dict[str, Look]) -> Any:
-    """Draw the score over the training, one small panel a stack, every other stack's mean in grey behind it."""
-    shown, cells = findings.shown(task), findings.of(task)
-    columns = min(4, len(cells))
-    rows = -(-len(cells) // columns)
-    figure = _figure(2.75 * columns + 0.4, 2.25 * rows + 0.4)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    curves = {cell.stack.label: cell.curve(shown.metric) for cell in cells}
-    for axes, cell in zip(grid.flat, cells, strict=False):
-        for steps, values in curves.values():
-            axes.plot(steps, [statistics.fmean(v) for v in zip(*values, strict=False)], color="#d3dae1", linewidth=1)
-        steps, values = curves[cell.stack.label]
-        for one in values:
-            axes.plot(steps[: len(one)], one, color=drawn[cell.stack.label].colour, linewidth=1.7)
-        for step in shown.stages:
-            axes.axvline(step, color=SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.set_title(cell.stack.label, fontsize=9)
-    for place, axes in enumerate(grid.flat):
-        axes.set_visible(place < len(cells))
-        axes.tick_params(axis="x", labelbottom=place + columns >= len(cells))  # the lowest that is seen in its column
-    _value_axis(grid[0][0], shown, [value for _, values in curves.values() for one in values for value in one])
-    if not shown.percent:
-        # The first evaluations would squeeze what matters into the bottom.
-        late = [value for steps, values in curves.values() for one in values for value in one[len(one) // 5 :]]
-        margin = 0.06 * (max(late) - min(late) or 1)
-        grid[0][0].set_ylim(min(late) - margin, max(late) + margin)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("")
-    figure.supylabel(f"{shown.label} ({'higher' if shown.maximise else 'lower'} is better)", fontsize=9.5, color=SOFT)
-    figure.supxlabel(
-        f"training step{' (dotted: the task becomes harder)' if shown.stages else ''}", fontsize=9.5, color=SOFT
-    )
-    return figure
-
-
 def parameter_counts(findings: Findings, drawn: dict[str, Look]) -> Any:
-    """Draw every stack's parameters on its first task, and the band that the study holds them in."""
+    """Draw what the budget holds of every stack, its parameters where there is none, and the band it is held in."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     plan = findings.plan
-    task = min(plan.shown, key=lambda name: plan.stacks[0].parameters[name])  # where the budget was met
+    (budget,) = plan.budgets
+    task, target = plan.met_on[budget], plan.targets.get(budget)
     stacks = list(reversed(plan.stacks))
-    figure = _figure(7.2, 0.36 * len(stacks) + 1.3)
+    figure = new_figure(7.2, 0.36 * len(stacks) + 1.3)
     axes = figure.subplots()
-    counts = [stack.parameters[task] for stack in stacks]
-    if plan.target is not None and plan.study["hold"]:
-        half = plan.study["hold"]["tolerance"] * plan.target
-        axes.axvspan(plan.target - half, plan.target + half, color="#e8edf2", zorder=0)
-        axes.axvline(plan.target, color=SOFT, linewidth=1, zorder=1)
-        reach = max(1.6 * half, 1.15 * max(abs(one - plan.target) for one in counts))
-        axes.set_xlim(plan.target - reach, plan.target + reach)
+    counts = [plan.held(stack) for stack in stacks]
+    if target is not None:
+        half = plan.study["hold"]["tolerance"] * target
+        axes.axvspan(target - half, target + half, color="#e8edf2", zorder=0)
+        axes.axvline(target, color=SOFT, linewidth=1, zorder=1)
+        reach = max(1.6 * half, 1.15 * max(abs(one - target) for one in counts))
+        axes.set_xlim(target - reach, target + reach)
     for row, (stack, held) in enumerate(zip(stacks, counts, strict=True)):
         look = drawn[stack.label]
-        axes.plot(held, row, marker=look.mark, markersize=8, color=look.colour, markeredgecolor="white")
+        axes.plot(held, row, markersize=8, **look.words)
         width = "no FFN" if stack.ffn_width is None else f"FFN {stack.ffn_width}"
         axes.annotate(
             f"{held:,}   {width}",
@@ -287,5 +162,6 @@ def parameter_counts(findings: Findings, drawn: dict[str, Look]) -> Any:
     # Ticks lie close together, so their labels are exact: rounded ones would say the same, or what is not so.
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel(f"parameters on {task}" + (" (band: the tolerance)" if plan.target is not None else ""))
+    what = "bytes that a sequence keeps" if budget == "inference_bytes" else f"{UNITS[budget or 'params']} on {task}"
+    axes.set_xlabel(what + (" (band: the tolerance)" if target is not None else ""))
     return figure

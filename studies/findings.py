@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, TypeAlias
 
-from hybridzoo.studies.plan import Kind, Plan, Stack
+from hybridzoo.studies.plan import Plan
+from hybridzoo.studies.stack import Kind, Stack
 from hybridzoo.studies.stats import Summary, pareto_frontier, still_improving, summarise
 from hybridzoo.studies.study import yaml_word
 from hybridzoo.studies.tasks import Shown
+from hybridzoo.studies.tuning import Tuned
 from hybridzoo.training import History
 
 
@@ -29,6 +31,7 @@ class Cell:
     metrics: tuple[dict[str, float], ...]
     histories: tuple[History, ...]
     seconds: tuple[float, ...]
+    gates: tuple[tuple[dict[str, Any], ...], ...] = ()  # each seed's rows of gates.py; empty for older results
 
     @property
     def summary(self) -> Summary:
@@ -48,6 +51,7 @@ class Cell:
             metrics=tuple(compress(self.metrics, kept)),
             histories=tuple(compress(self.histories, kept)),
             seconds=tuple(compress(self.seconds, kept)),
+            gates=tuple(compress(self.gates, kept)),
         )
 
     def level(self, metric: str) -> list[float]:
@@ -68,22 +72,40 @@ class Cell:
 
 @dataclass(frozen=True)
 class Findings:
-    """All cells that have a result, task by task and in the study's order of stacks; and what has none."""
+    """All cells that have a result, task by task and in the study's order of stacks; and what has none.
+
+    Of a study with several budgets, `at` gives the findings of one: only stacks of one budget are compared.
+    """
 
     plan: Plan
-    cells: dict[str, dict[str, Cell]]  # task, then stack's label
+    cells: dict[str, dict[tuple[str, str], Cell]]  # task, then the stack's budget and label
     results: tuple[dict[str, Any], ...]  # of every trial that has one, as they were read
     failed: tuple[dict[str, Any], ...]
     missing: tuple[str, ...]  # titles of trials without a result
     faults: tuple[str, ...]
     environments: tuple[dict[str, Any], ...]
+    tuned: tuple[Tuned, ...] = ()  # the learning rates that pilots chose
+    others: int = 0  # trials that the folder has results of, and the plan no longer
 
     def of(self, task: str) -> list[Cell]:
         return list(self.cells[task].values())
 
+    def cell(self, task: str, stack: Stack) -> Cell | None:
+        """The results of a stack on a task; None where there is none yet."""
+        return self.cells[task].get((stack.budget, stack.label))
+
+    def at(self, budget: str) -> Findings:
+        """The part of the findings that is of one budget."""
+        plan = self.plan.at(budget)
+        keys = {trial.key for trial in plan.trials}
+        return gather(plan, [result for result in self.results if result["key"] in keys], self.faults)
+
     def comparable(self, task: str) -> list[Cell]:
-        """The cells of a task, each with those seeds alone that all of them have: pairs, so fit to be compared."""
-        cells = self.of(task)
+        """The cells of a task, each with those seeds alone that all of them have: pairs, so fit to be compared.
+
+        Raises `ValueError` for findings of several budgets.
+        """
+        cells = self._of_one_budget(task)
         shared = set.intersection(*(set(cell.seeds) for cell in cells)) if cells else set()
         return [cell.of_seeds(shared) for cell in cells] if shared else []
 
@@ -91,38 +113,38 @@ class Findings:
         return self.plan.shown[task]
 
     def ranked(self, task: str) -> list[Cell]:
-        """The cells of a task, best mean first."""
-        return sorted(self.of(task), key=lambda cell: cell.mean, reverse=self.shown(task).maximise)
+        """The cells of a task, best mean first; `ValueError` for findings of several budgets."""
+        return sorted(self._of_one_budget(task), key=lambda cell: cell.mean, reverse=self.shown(task).maximise)
+
+    def _of_one_budget(self, task: str) -> list[Cell]:
+        if len(self.plan.budgets) > 1:
+            given = ", ".join(self.plan.budgets)
+            raise ValueError(f"stacks of several budgets ({given}) are not compared: take those of one with at()")
+        return self.of(task)
 
 
 def gather(plan: Plan, results: Sequence[Mapping[str, Any]], faults: Iterable[str] = ()) -> Findings:
-    """Sort the results of a plan's trials into cells."""
+    """Sort the results of a plan's trials into cells. One result may be of several budgets' trials."""
     by_key = {result["key"]: result for result in results}
-    stacks = {stack.label: stack for stack in plan.stacks}
-    cells: dict[str, dict[str, Cell]] = {task: {} for task in plan.shown}
-    failed: list[dict[str, Any]] = []
-    missing: list[str] = []
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    cells: dict[str, dict[tuple[str, str], Cell]] = {task: {} for task in plan.shown}
+    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for trial in plan.trials:
         result = by_key.get(trial.key)
-        if result is None:
-            missing.append(trial.title)
-        elif result["status"] == "failed":
-            failed.append(dict(result))
-        else:
-            found.setdefault((trial.task, trial.stack), []).append({**result, "seed": trial.seed})
+        if result is not None and result["status"] != "failed":
+            found.setdefault((trial.task, trial.budget, trial.stack), []).append({**result, "seed": trial.seed})
     for task, shown in plan.shown.items():
-        for label in stacks:
-            runs = found.get((task, label))
+        for stack in plan.stacks:
+            runs = found.get((task, stack.budget, stack.label))
             if runs:
-                cells[task][label] = _cell(stacks[label], task, shown, runs)
+                cells[task][stack.budget, stack.label] = _cell(stack, task, shown, runs)
+    recorded = [by_key[trial.key] for trial in plan.distinct if trial.key in by_key]
     environments = {str(result["environment"]): result["environment"] for result in results if result["environment"]}
     return Findings(
         plan=plan,
         cells=cells,
-        results=tuple(dict(by_key[trial.key]) for trial in plan.trials if trial.key in by_key),
-        failed=tuple(failed),
-        missing=tuple(missing),
+        results=tuple(dict(result) for result in recorded),
+        failed=tuple(dict(result) for result in recorded if result["status"] == "failed"),
+        missing=tuple(title for key, title in plan.titles(plan.distinct).items() if key not in by_key),
         faults=tuple(faults),
         environments=tuple(environments.values()),
     )
@@ -137,32 +159,35 @@ def _cell(stack: Stack, task: str, shown: Shown, runs: Sequence[Mapping[str, Any
         metrics=tuple(run["metrics"] for run in runs),
         histories=tuple(History.from_dict(run["history"]) for run in runs),
         seconds=tuple(run["seconds"] for run in runs),
+        gates=tuple(tuple(run.get("gates", ())) for run in runs),
     )
 
 
 def on_frontier(cells: Sequence[Cell], maximise: bool) -> list[Cell]:
-    """Return the cells that no other beats on both mean score and inference memory, smallest first."""
-    costs = [float(cell.stack.state_bytes) for cell in cells]
-    best = pareto_frontier(costs, [cell.mean for cell in cells], maximise)
-    return [cells[i] for i in best]
+    """Return the cells that no other of their budget beats on both mean score and inference memory, smallest first."""
+    found: list[Cell] = []
+    for budget in dict.fromkeys(cell.stack.budget for cell in cells):
+        mine = [cell for cell in cells if cell.stack.budget == budget]
+        costs = [float(cell.stack.state_bytes) for cell in mine]
+        found += [mine[i] for i in pareto_frontier(costs, [cell.mean for cell in mine], maximise)]
+    return found
 
 
 def families(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     """Return the ratio curves by name, each with its cells by attention share.
 
-    One curve holds the mixtures of one recurrent mixer with one attention that differ in nothing else than the order
-    and number of their layers, and ends at the stacks of either alone where the study has them. A recurrent stack that
-    is in no mixture is a curve of one; attention alone is none. Where curves of one family differ in a word (an axis of
-    the study, say), their names end with it.
+    One curve holds, of one budget, the mixtures of one recurrent mixer with one attention that differ in nothing else
+    than the order and number of their layers, and ends at the stacks of either alone where the study has them. A
+    recurrent stack that is in no mixture is a curve of one; attention alone is none. Where curves of one family differ
+    in a word (an axis of the study, say), their names end with it.
     """
     cells = list(cells)
-    kinds = {cell.stack.label: _Group.of(cell.stack.kind) for cell in cells}
+    kinds = [_Group.of(cell.stack) for cell in cells]
     curves: dict[_Group, list[Cell]] = {}
-    for cell in cells:
+    for cell, kind in zip(cells, kinds, strict=True):
         if 0 < cell.stack.attention < 1:
-            curves.setdefault(kinds[cell.stack.label], []).append(cell)
-    for cell in cells:
-        kind = kinds[cell.stack.label]
+            curves.setdefault(kind, []).append(cell)
+    for cell, kind in zip(cells, kinds, strict=True):
         joined = [curve for curve in curves if kind.ends(curve)]
         for curve in joined:
             curves[curve].append(cell)
@@ -178,25 +203,38 @@ Words: TypeAlias = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class _Group:
-    """A stack's `Kind` in a form that can be compared and counted."""
+    """A stack's budget and `Kind` in a form that can be compared and counted."""
 
+    budget: str
     recurrent: Words
     attention: Words
     rest: Words
     parallel: bool
+    placement: str
 
     @classmethod
-    def of(cls, kind: Kind) -> _Group:
-        return cls(_words(kind.recurrent), _words(kind.attention), _words(kind.rest), kind.parallel)
+    def of(cls, stack: Stack) -> _Group:
+        kind: Kind = stack.kind
+        return cls(
+            stack.budget,
+            _words(kind.recurrent),
+            _words(kind.attention),
+            _words(kind.rest),
+            kind.parallel,
+            stack.placement,
+        )
 
     def ends(self, mixture: _Group) -> bool:
-        """Whether this is one of the two ends of `mixture`'s curve."""
+        """Whether this is one of the two ends of `mixture`'s curve, which have no placement."""
         mixers = (self.recurrent, self.attention)
-        return self.rest == mixture.rest and mixers in ((mixture.recurrent, ()), ((), mixture.attention))
+        alike = (self.budget, self.rest) == (mixture.budget, mixture.rest)
+        return alike and mixers in ((mixture.recurrent, ()), ((), mixture.attention))
 
     @property
     def words(self) -> dict[str, str]:
-        return dict([*self.rest, *self.recurrent, *self.attention, ("parallel", str(self.parallel).lower())])
+        parallel = ("parallel", str(self.parallel).lower())
+        placed = [("placement", self.placement)] if self.placement else []
+        return dict([*self.rest, *self.recurrent, *self.attention, parallel, *placed, ("budget", self.budget)])
 
 
 def _words(words: Mapping[str, Any]) -> Words:

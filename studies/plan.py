@@ -6,83 +6,116 @@ May import architectures and training. A plan is saved with the results, so that
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hybridzoo.architectures import Spec, account, load_spec
+from hybridzoo.architectures import Spec
 from hybridzoo.architectures.account import DEFAULT_CONTEXT
-from hybridzoo.architectures.loader import override_name, spec_from
-from hybridzoo.mixers import MixerConfig, build_mixer
-from hybridzoo.mixers.registry import GATE_FLAGS, entry_of
-from hybridzoo.mixers.schema import SpecError
+from hybridzoo.architectures.loader import load_spec, override_name, spec_from
+from hybridzoo.mixers import list_mixers
+from hybridzoo.mixers.schema import SpecError, unknown
 from hybridzoo.mixers.user_code import import_user_code
 from hybridzoo.studies.code import code_digest
-from hybridzoo.studies.equalise import equalise, parameters
-from hybridzoo.studies.study import Study, axis_name, crossed_label
+from hybridzoo.studies.entries import Entry, listed_once
+from hybridzoo.studies.reach import idle_stacks, no_curves
+from hybridzoo.studies.results import content_key
+from hybridzoo.studies.solve import BUDGET_WORDS, Budget, Solved, budget_of, met_on, never_reached, solve
+from hybridzoo.studies.stack import Kind, Stack, keeps_keys, make_stack, mixer_classes, trained_part
+from hybridzoo.studies.study import Crossing, Study
 from hybridzoo.studies.tasks import Shown, StudyTask, build_task
 from hybridzoo.studies.trial import Trial
 from hybridzoo.training import TrainConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A stack without its ratio and order: the words of its recurrent mixers, of its attention, and of the rest.
-
-    `parallel` says whether some layer holds several mixers side by side.
-    """
-
-    recurrent: dict[str, Any]
-    attention: dict[str, Any]
-    rest: dict[str, Any]
-    parallel: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack:
-    """One stack of the study as it is trained, with its costs.
-
-    `family` names its recurrent mixers (`attention` where there are none); `attention` is the share of its mixers that
-    keep keys and values; `kind` is all else that may differ between stacks but the order of layers and what met the
-    budget, so that a ratio curve joins only what differs in the ratio. Training FLOPs are of the task's own lengths;
-    decoding FLOPs and bytes are for one sequence after the study's `context` tokens, in bfloat16 where a cache is.
-    """
-
-    label: str
-    pattern: str
-    family: str
-    attention: float
-    kind: Kind
-    ffn_width: int | None
-    specs: dict[str, dict[str, Any]]  # by task: the vocabulary differs
-    parameters: dict[str, int]
-    train_flops: dict[str, int]
-    decode_flops: dict[str, int]
-    state_bytes: int
-    kv_bytes: int
+_SAMPLES = 16  # batches that are drawn to count the tokens of a trial
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A study made concrete.
 
-    `excluded` are stacks that cannot meet the budget: label, and why. `lengths` are tokens a sequence in training, by
-    task (at its end, where a curriculum changes them). `notes` are for whoever starts the run.
+    `budgets` are what stacks are made equal in, `("",)` where nothing is; each has stacks and trials of its own, and
+    they follow each other. `targets` are what each is equal to, and `excluded` the stacks that cannot meet one: budget,
+    label, and why. `lengths` are tokens a sequence in training, by task (at its end, where a curriculum changes them),
+    and `longest` the most that one has. `notes` are for whoever starts the run, and so are `repeats`: what is listed or
+    trained once, a sentence for each stack. `tokens` are those that one trial of each task trains on.
     """
 
     study: dict[str, Any]
-    target: int | None
+    budgets: tuple[str, ...]
+    targets: dict[str, int]
     lengths: dict[str, int]
     stacks: tuple[Stack, ...]
-    excluded: tuple[tuple[str, str], ...]
+    excluded: tuple[tuple[str, str, str], ...]
     shown: dict[str, Shown]
     trials: tuple[Trial, ...]
     notes: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ()
+    tokens: dict[str, int] = field(default_factory=dict)
+    longest: dict[str, int] = field(default_factory=dict)
+
+    def of_budget(self, budget: str) -> tuple[Stack, ...]:
+        """The stacks that were made equal in `budget`, in the study's order."""
+        return tuple(stack for stack in self.stacks if stack.budget == budget)
+
+    def at(self, budget: str) -> Plan:
+        """The part of the plan that is of one budget: stacks of different budgets are not for comparing."""
+        if budget not in self.budgets:
+            raise ValueError(f"no budget '{budget}' in this study, which has: {', '.join(self.budgets) or 'none'}")
+        return replace(
+            self,
+            budgets=(budget,),
+            targets={name: target for name, target in self.targets.items() if name == budget},
+            stacks=self.of_budget(budget),
+            excluded=tuple(left_out for left_out in self.excluded if left_out[0] == budget),
+            trials=tuple(trial for trial in self.trials if trial.budget == budget),
+        )
+
+    @property
+    def distinct(self) -> tuple[Trial, ...]:
+        """The trials to run: where an equal spec stands under several budgets, only the first of them."""
+        first: dict[str, Trial] = {}
+        for trial in self.trials:
+            first.setdefault(trial.key, trial)
+        return tuple(first.values())
+
+    def titles(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """Return a title for each of these trials or pilots of the plan, by its key.
+
+        The budget is in it where the study has several; where trials would share one, their learning rates tell them
+        apart.
+        """
+        several = len(self.budgets) > 1
+        named = [f"{trial.title} · {trial.budget}" if several else trial.title for trial in trials]
+        count = Counter(named)
+        return {
+            trial.key: title if count[title] == 1 else f"{title} · lr {trial.train['lr']:g}"
+            for trial, title in zip(trials, named, strict=True)
+        }
+
+    def flops(self, trial: Trial) -> int:
+        """The FLOPs of a trial's whole training, forward and backward, at its sequences' final length."""
+        of = {(stack.budget, stack.label): stack for stack in self.stacks}
+        return of[trial.budget, trial.stack].train_flops[trial.task] * self.tokens[trial.task]
+
+    @property
+    def met_on(self) -> dict[str, str]:
+        """The task that each budget is met on: on the others, stacks may be a little further apart."""
+        sizes = {task: self.stacks[0].parameters[task] for task in self.shown}  # apart by the vocabulary alone
+        return {budget: met_on(budget, sizes, self.lengths) for budget in self.budgets}
+
+    def held(self, stack: Stack) -> int:
+        """What a stack comes to in what its budget holds equal; its parameters, where nothing is."""
+        task = self.met_on[stack.budget]
+        if stack.budget == "inference_bytes":
+            return stack.state_bytes
+        return stack.train_flops[task] if stack.budget == "train_flops" else stack.parameters[task]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,18 +125,22 @@ class Plan:
         """Read back what `to_dict` gave; `KeyError` or `TypeError` for anything else."""
         return cls(
             study=dict(data["study"]),
-            target=data["target"],
+            budgets=tuple(data["budgets"]),
+            targets=dict(data["targets"]),
             lengths=dict(data["lengths"]),
             stacks=tuple(Stack(**{**stack, "kind": Kind(**stack["kind"])}) for stack in data["stacks"]),
-            excluded=tuple((label, why) for label, why in data["excluded"]),
+            excluded=tuple((budget, label, why) for budget, label, why in data["excluded"]),
             shown={label: Shown.from_dict(shown) for label, shown in data["shown"].items()},
             trials=tuple(Trial(**trial) for trial in data["trials"]),
             notes=tuple(data.get("notes", ())),
+            repeats=tuple(data.get("repeats", ())),
+            tokens=dict(data.get("tokens", {})),
+            longest=dict(data.get("longest", {})),
         )
 
 
 def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
-    """Resolve every stack, meet the budget, and list the trials, seeds outermost so that an early stop leaves pairs.
+    """Resolve every stack, meet each budget, and list the trials, seeds outermost so that an early stop leaves pairs.
 
     `imports` are the modules or files of a user's own code: imported where they are not, and part of every trial's key.
 
@@ -112,20 +149,26 @@ def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
     """
     own = [import_user_code(name) for name in imports]
     tasks = {label: build_task(entry.task, f"tasks.{label}") for label, entry in study.tasks.items()}
-    # Absolute differences are the same for any vocabulary, so relative ones are largest at the smallest: solve there.
-    smallest = min(task.vocab_size for task in tasks.values())
-    specs, notes = _once(study, {label: _resolve(study, label, smallest) for label in study.stacks})
-    target, specs, excluded = _hold(study, specs)
-    if not specs:
-        listed = "; ".join(f"{label}: {why}" for label, why in excluded)
-        raise SpecError(study.placed(f"hold.params: no stack can meet the budget ({listed})"))
-    lengths = {name: trained_length(task, study.tasks[name].train) for name, task in tasks.items()}
-    context = _context(study, specs, lengths)
     vocabularies = {name: task.vocab_size for name, task in tasks.items()}
-    stacks = tuple(_stack(label, spec, vocabularies, lengths, context) for label, spec in specs.items())
+    lengths = {name: trained_length(task, study.tasks[name].train) for name, task in tasks.items()}
+    resolved = {label: _resolve(study, label, min(vocabularies.values())) for label in study.stacks}
+    context = _context(study, resolved, lengths)
+    declared, repeats = listed_once(study.crossings, resolved)
+    budgets = [budget_of(name, vocabularies, lengths, context) for name in (study.hold.asked if study.hold else ())]
+    held = _hold(study, declared, budgets)
+    stacks = tuple(
+        make_stack(
+            *(label, solved.spec, declared[label].spec, vocabularies, lengths, context),
+            budget=budget,
+            solved=solved.said,
+            placement=declared[label].crossing.placement,
+        )
+        for budget, met in held.stacks.items()
+        for label, solved in met.items()
+    )
     code = {
-        (label, name): code_digest([*_mixer_classes(spec), type(task)], own)
-        for label, spec in specs.items()
+        (label, name): code_digest([*mixer_classes(entry.spec), type(task)], own)
+        for label, entry in declared.items()
         for name, task in tasks.items()
     }
     trials = tuple(
@@ -136,24 +179,33 @@ def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
             spec=stack.specs[name],
             task_entry=entry.task,
             fingerprint=tasks[name].fingerprint(),
-            train=dataclasses.asdict(replace(entry.train, seed=seed)),
+            train=dataclasses.asdict(replace(entry.train, seed=seed).resolved()),
             parameters=stack.parameters[name],
             code=code[stack.label, name],
+            budget=stack.budget,
         )
         for seed in study.seeds
         for name, entry in study.tasks.items()
         for stack in stacks
     )
+    _check_scored(study, stacks, tasks)
+    configs = {name: entry.train for name, entry in study.tasks.items()}
+    sizes = {name: trained_sizes(task, configs[name]) for name, task in tasks.items()}
+    longest = {name: length for name, (_, length) in sizes.items()}
     shown = {name: task.shown for name, task in tasks.items()}
     plan = Plan(
         study={**study.to_dict(), "context": context},
-        target=target,
+        budgets=tuple(held.stacks),
+        targets=held.targets,
         lengths=lengths,
         stacks=stacks,
-        excluded=excluded,
+        excluded=held.excluded,
         shown=shown,
         trials=trials,
-        notes=notes,
+        notes=(*_unreached(held, lengths), *idle_stacks(stacks, longest), *no_curves(configs)),
+        repeats=(*repeats, *_made_equal(held)),
+        tokens={name: tokens for name, (tokens, _) in sizes.items()},
+        longest=longest,
     )
     # Through JSON once: what workers are given is then exactly what a later run reads from the disk, tuples and all.
     return Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
@@ -163,10 +215,14 @@ def _resolve(study: Study, label: str, vocab_size: int) -> Spec:
     overrides = [*_own_words(study, label).values(), f"vocab_size={vocab_size}"]
     try:
         if isinstance(study.spec, str):
-            return load_spec(_found(study.spec, study.folder), overrides)
-        return spec_from(study.spec, overrides, "spec", study.folder)
+            spec = load_spec(_found(study.spec, study.folder), overrides)
+        else:
+            spec = spec_from(study.spec, overrides, "spec", study.folder)
     except SpecError as error:
         raise SpecError(study.placed(_in_the_study(study, label, str(error)))) from None
+    if said := _wrong_roles(spec, study.crossings[label]):
+        raise SpecError(study.placed(said))
+    return spec
 
 
 def _own_words(study: Study, label: str) -> dict[str, str]:
@@ -182,41 +238,44 @@ def _in_the_study(study: Study, label: str, message: str) -> str:
         if said != message and path in crossing.chosen:
             outer = path.rpartition(".")[0]
             return f"axes.{path}: {said.removeprefix(f'{path}: ').removeprefix(f'{outer}: ')}"
+        if said != message and crossing.hybrid and path == "layers":
+            return f"stacks.{crossing.declared}.hybrid{_of_a_hybrid(said, *crossing.hybrid)}"
         if said != message:
             return f"stacks.{crossing.declared}{': ' if said.startswith('unknown ') else '.'}{said}"
     # What is wrong with the base is wrong with every stack; naming one of them would mislead.
     return message if message.startswith("spec") else f"spec: {message}"
 
 
-def _once(study: Study, specs: Mapping[str, Spec]) -> tuple[dict[str, Spec], tuple[str, ...]]:
-    """List a stack once, without the axis, where an axis changes nothing of it: a window, where there is no attention.
+def _of_a_hybrid(said: str, recurrent: str, attention: str) -> str:
+    """Put what is wrong with `layers`, which a hybrid's writer never saw, on the word that it is about."""
+    about = re.match(r"layers: (?:column \d+: )?(.*)", said)
+    line = about[1] if about else said
+    for word, name in (("recurrent", recurrent), ("attention", attention)):
+        if line.startswith((f"{name}: ", f"unknown mixer '{name}'")):
+            return f".{word}: {line}"
+    return f": {said}"
 
-    Returns the specs that are left, by their labels, and a note on each axis that went.
+
+def _wrong_roles(spec: Spec, crossing: Crossing) -> str:
+    """Say what is wrong with the two mixers of a hybrid that its layers do not show; nothing where all is well.
+
+    One that no layer has, at a ratio of 0 or 1, may not exist; and the two may be the wrong way round, so that the
+    ratio would count layers without attention. Two of one kind are a hybrid too: attention with and without a window.
     """
-    kept: dict[str, Spec] = {}
-    notes: list[str] = []
-    for declared in dict.fromkeys(crossing.declared for crossing in study.crossings.values()):
-        mine = [label for label in specs if study.crossings[label].declared == declared]
-        axes = list(study.crossings[mine[0]].chosen)
-        for path in list(axes):
-            twins: dict[str, list[str]] = {}  # labels that differ on this axis alone
-            for label in mine:
-                others = {other: study.crossings[label].chosen[other] for other in axes if other != path}
-                twins.setdefault(json.dumps(others), []).append(label)
-            groups = list(twins.values())
-            same = all(_trained(specs[label]) == _trained(specs[group[0]]) for group in groups for label in group)
-            if same and len(groups[0]) > 1:
-                mine = [group[0] for group in groups]
-                axes.remove(path)
-                word = axis_name(path, study.crossings[mine[0]].chosen)
-                notes.append(f"{declared}: listed once along {word}, which changes nothing of it")
-        kept |= {crossed_label(study.crossings[label], axes): specs[label] for label in mine}
-    return kept, tuple(notes)
-
-
-def _trained(spec: Spec) -> Spec:
-    """A spec without what is only said: its name, its pattern, and mixers that no layer has."""
-    return replace(spec, name="", pattern="", mixers={})
+    if crossing.hybrid is None:
+        return ""
+    where, (recurrent, attention) = f"stacks.{crossing.declared}.hybrid", crossing.hybrid
+    there = dict.fromkeys([*spec.mixers, *(entry.name for entry in list_mixers())])
+    for word, name in (("recurrent", recurrent), ("attention", attention)):
+        if name not in spec.mixers and name.partition("[")[0] not in there:
+            return str(unknown(f"{where}.{word}", "mixer", name, there))
+    first, second = spec.mixers.get(recurrent), spec.mixers.get(attention)
+    if first is None or second is None or not keeps_keys(first) or keeps_keys(second):
+        return ""
+    return (
+        f"{where}: recurrent is '{recurrent}', which is softmax attention, and attention is '{attention}', which is "
+        f"not: are the two swapped? Right would be recurrent: {attention}, attention: {recurrent}"
+    )
 
 
 def _found(name: str, folder: Path) -> str:
@@ -224,20 +283,82 @@ def _found(name: str, folder: Path) -> str:
     return str(beside) if name.endswith((".yaml", ".yml")) and beside.exists() else name
 
 
-def _hold(study: Study, specs: dict[str, Spec]) -> tuple[int | None, dict[str, Spec], tuple[tuple[str, str], ...]]:
+@dataclass(frozen=True)
+class _Held:
+    """What came of the budgets: of each the stacks that meet it, by label, and its target; and the stacks left out."""
+
+    stacks: dict[str, dict[str, Solved]]
+    targets: dict[str, int]
+    excluded: tuple[tuple[str, str, str], ...]
+
+
+def _hold(study: Study, entries: Mapping[str, Entry], budgets: Sequence[Budget]) -> _Held:
+    """Bring every stack to every budget, each from its spec as declared."""
     if study.hold is None:
-        return None, specs, ()
-    target = study.hold.params
-    if target == "largest":
-        target = int(max(parameters(spec) for spec in specs.values()))
-    solved = {label: equalise(spec, target, study.hold.tolerance) for label, spec in specs.items()}
-    excluded = tuple((label, result.why) for label, result in solved.items() if not result.reached)
-    return target, {label: result.spec for label, result in solved.items() if result.reached}, excluded
+        return _Held({"": {label: Solved(entry.spec) for label, entry in entries.items()}}, {}, ())
+    stacks: dict[str, dict[str, Solved]] = {}
+    targets: dict[str, int] = {}
+    excluded: list[tuple[str, str, str]] = []
+    for budget in budgets:
+        target = study.hold.asked[budget.name]
+        if isinstance(target, str):
+            counts = [budget.count(entry.spec) for entry in entries.values()]
+            target = max(counts) if target == "largest" else min(counts)
+        targets[budget.name] = target
+        solved = {
+            label: solve(entry.spec, budget, target, study.hold.tolerance, targets.get("params"))
+            for label, entry in entries.items()
+        }
+        stacks[budget.name] = {label: one for label, one in solved.items() if not one.why}
+        left_out = [(label, one.why) for label, one in solved.items() if one.why]
+        excluded += [(budget.name, label, why) for label, why in left_out]
+        if not stacks[budget.name]:
+            listed = "; ".join(f"{label}: {why}" for label, why in left_out)
+            raise SpecError(study.placed(f"hold.{budget.name}: no stack can meet the budget ({listed})"))
+    return _Held(stacks, targets, tuple(excluded))
+
+
+def _made_equal(held: _Held) -> list[str]:
+    """Name the stacks that a budget made equal: by a window that was varied, say."""
+    said: list[str] = []
+    for budget, solved in held.stacks.items():
+        groups: dict[str, list[str]] = {}
+        for label, one in solved.items():
+            groups.setdefault(content_key(trained_part(one.spec.to_dict())), []).append(label)
+        found = [f"one stack, trained once: {'; '.join(same)}" for same in groups.values() if len(same) > 1]
+        said += [f"at equal {BUDGET_WORDS[budget]}, {what}" for what in found if budget]
+    return said
+
+
+def _unreached(held: _Held, lengths: Mapping[str, int]) -> list[str]:
+    """Name the stacks that meet a memory by windows which no task reaches."""
+    solved = held.stacks.get("inference_bytes", {})
+    return [f"at equal {BUDGET_WORDS['inference_bytes']}, {what}" for what in never_reached(solved, lengths)]
+
+
+def _check_scored(study: Study, stacks: Sequence[Stack], tasks: Mapping[str, StudyTask]) -> None:
+    """Refuse levels that a stack takes no sequences of: else they would be found at the end of its training."""
+    for name, task in tasks.items():
+        for stack in stacks:
+            if said := too_long(task.longest, stack.specs[name].get("max_context")):
+                raise SpecError(study.placed(f"tasks.{name}: at its hardest level {said} of stacks.{stack.label}"))
 
 
 def trained_length(task: StudyTask, config: TrainConfig) -> int:
     """Return the tokens of a sequence at the end of the training, where a curriculum is over."""
     return task.batch(config.steps - 1, 1, torch.Generator().manual_seed(0)).ids.shape[1]
+
+
+def trained_sizes(task: StudyTask, config: TrainConfig) -> tuple[int, int]:
+    """Return the tokens that a trial trains on, and the most that one of its sequences has.
+
+    Exact where all batches are of one size, else from an even sample of them, the first and the last among it.
+    """
+    steps = sorted({round(i * (config.steps - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)})
+    generator = torch.Generator().manual_seed(0)
+    drawn = [task.batch(step, config.batch_size, generator).ids for step in steps]
+    tokens = round(config.steps * sum(ids.numel() for ids in drawn) / len(drawn))
+    return tokens, max(ids.shape[1] for ids in drawn)
 
 
 def too_long(length: int, limit: int | None) -> str:
@@ -255,90 +376,3 @@ def _context(study: Study, specs: Mapping[str, Spec], lengths: Mapping[str, int]
             if said := too_long(length, limit):
                 raise SpecError(study.placed(f"tasks.{name}: {said} of stacks.{label}"))
     return study.context or min([DEFAULT_CONTEXT, *limits.values()])
-
-
-def _mixer_classes(spec: Spec) -> set[type]:
-    return {entry_of(config).cls for layer in spec.layers for _, config in layer.mixers}
-
-
-def _stack(label: str, spec: Spec, vocabularies: Mapping[str, int], lengths: Mapping[str, int], context: int) -> Stack:
-    by_task = {name: replace(spec, name=label, vocab_size=size) for name, size in vocabularies.items()}
-    accounts = {name: account(one, context=context) for name, one in by_task.items()}
-    trained = {name: account(one, context=lengths[name]) for name, one in by_task.items()}
-    first = next(iter(accounts.values()))
-    return Stack(
-        label=label,
-        pattern=spec.pattern,
-        family=_family(spec),
-        attention=_attention(spec),
-        kind=_kind(spec),
-        ffn_width=None if spec.ffn.type == "none" else spec.ffn.hidden(spec.d_model),
-        specs={name: one.to_dict() for name, one in by_task.items()},
-        parameters={name: a.parameters for name, a in accounts.items()},
-        train_flops={name: a.train_flops_per_token for name, a in trained.items()},
-        decode_flops={name: a.decode_flops_per_token for name, a in accounts.items()},
-        state_bytes=first.state_bytes,
-        kv_bytes=first.kv_bytes,
-    )
-
-
-@functools.cache
-def _keeps_keys(config: MixerConfig) -> bool:
-    """Whether a mixer is attention, whoever wrote it: what it keeps grows with the context as keys and values."""
-    with torch.device("meta"):
-        return build_mixer(config).kv_bytes(64) > 0
-
-
-def _attention(spec: Spec) -> float:
-    # Mixers in parallel share their layer, so each counts for its part of it.
-    shares = [sum(_keeps_keys(config) for _, config in layer.mixers) / len(layer.mixers) for layer in spec.layers]
-    return sum(shares) / len(shares)
-
-
-def _family(spec: Spec) -> str:
-    names = dict.fromkeys(
-        mixer_name(config) for layer in spec.layers for _, config in layer.mixers if not _keeps_keys(config)
-    )
-    return " + ".join(names) or "attention"
-
-
-def _kind(spec: Spec) -> Kind:
-    # What the task, the budget and the order of layers decide is not the stack's kind, nor is its name.
-    chosen = {name: value for name, value in spec.to_dict().items() if name not in _NOT_OF_A_KIND}
-    configs = {config for layer in spec.layers for _, config in layer.mixers}
-    return Kind(
-        # d_model is every mixer's, so it is among the rest.
-        recurrent=_words(config for config in configs if not _keeps_keys(config)),
-        attention=_words(config for config in configs if _keeps_keys(config)),
-        rest={key: value for key, value in _flat(chosen).items() if key not in ("ffn.width", "ffn.expand")},
-        parallel=any(len(layer.mixers) > 1 for layer in spec.layers),
-    )
-
-
-_NOT_OF_A_KIND = ("name", "layers", "mixers", "vocab_size")
-
-
-def _words(configs: Iterable[MixerConfig]) -> dict[str, Any]:
-    """The words of distinct mixers as one flat mapping, whatever order they come in."""
-    entries: dict[str, dict[str, Any]] = {}
-    for name, words in sorted(((entry_of(one).name, dataclasses.asdict(one)) for one in configs), key=json.dumps):
-        place = name if name not in entries else f"{name} {len(entries) + 1}"
-        entries[place] = {key: value for key, value in words.items() if key != "d_model"}
-    return _flat(entries)
-
-
-def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = value.items() if isinstance(value, Mapping) else [("", value)]
-        flat.update({f"{name}.{key}".rstrip("."): one for key, one in inner})
-    return flat
-
-
-def mixer_name(config: MixerConfig) -> str:
-    """Return a mixer as a registry string: its name, and the gate flags that are not its defaults."""
-    entry = entry_of(config)
-    changed = [f"{flag}={getattr(config, flag)}" for flag in GATE_FLAGS if flag in entry.flags]
-    defaults = [f"{flag}={entry.flags[flag].default}" for flag in GATE_FLAGS if flag in entry.flags]
-    words = [word for word, default in zip(changed, defaults, strict=True) if word != default]
-    return f"{entry.name}[{','.join(words)}]" if words else entry.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +16,62 @@ from hybridzoo.studies.figures import draw_all
 from hybridzoo.studies.findings import Findings, gather
 from hybridzoo.studies.page import page
 from hybridzoo.studies.results import write_bytes, write_text
-from hybridzoo.studies.runner import TRIALS, read_plan, read_trials
+from hybridzoo.studies.runner import TRIALS, other_results, read_plan, read_trials
 from hybridzoo.studies.style import styled
-from hybridzoo.studies.tables import all_tables
+from hybridzoo.studies.tuning import read_tuned
+from hybridzoo.studies.verdict_tables import every_table
 
 REPORT, FIGURES, TABLES = "report.html", "figures", "tables"
 
 
 def read_findings(folder: str | os.PathLike[str]) -> Findings:
-    """Read a run's plan and whatever results are there; `SpecError` where there is no run."""
+    """Read a run's plan, the rates its pilots chose, and what results there are; `SpecError` where there is no run."""
     plan = read_plan(folder)
     results, faults = read_trials(folder, plan)
-    return gather(plan, results, faults)
+    found = gather(plan, results, faults)
+    return replace(found, tuned=tuple(read_tuned(folder)), others=other_results(Path(folder) / TRIALS, plan))
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Write `report.html`, `figures/*.png` and `tables/*.csv` into a run's folder, and return the page's path.
+def write_report(folder: str | os.PathLike[str], findings: Findings | None = None) -> Path:
+    """Write `report.html`, `figures/*` (PNG and SVG) and `tables/*.csv` into a run's folder; return the page's path.
 
     Results that are missing, failed or damaged are named in the report, which shows the rest. Pictures and tables of an
-    earlier report in the same folder are replaced, and those that no longer apply are removed.
+    earlier report in the same folder are replaced, and those that no longer apply are removed. `findings` are those of
+    the folder, for who has read them already.
 
     Raises: `SpecError` where the folder holds no run; `ModuleNotFoundError` without matplotlib (the extra `study`).
     """
     root = Path(folder)
-    findings = read_findings(root)
+    findings = read_findings(root) if findings is None else findings
     with styled():
-        pictures = {stem: _png(figure) for stem, figure in draw_all(findings).items()}
-    tables = all_tables(findings)
+        figures = draw_all(findings)
+        pictures = {stem: image_of(figure, "png") for stem, figure in figures.items()}
+        for figure in figures.values():
+            figure.set_layout_engine("none")  # laid out already: doing it again takes as long as the drawing
+        drawings = {stem: image_of(figure, "svg") for stem, figure in figures.items()}
+    tables = every_table(findings)
     asides = sorted(path.name for path in (root / TRIALS).glob("*.corrupt"))
-    for stem, content in pictures.items():
-        write_bytes(root / FIGURES / f"{stem}.png", content)
+    for kind, contents in (("png", pictures), ("svg", drawings)):
+        for stem, content in contents.items():
+            write_bytes(root / FIGURES / f"{stem}.{kind}", content)
     for stem, table in tables.items():
         write_text(root / TABLES / f"{stem}.csv", table.to_csv())
-    _remove_others(root / FIGURES, {f"{stem}.png" for stem in pictures})
+    _remove_others(root / FIGURES, {f"{stem}.{kind}" for stem in pictures for kind in ("png", "svg")})
     write_text(root / REPORT, page(findings, pictures, tables, asides))
     return root / REPORT
 
 
-def _png(figure: Any) -> bytes:
+def image_of(figure: Any, kind: str) -> bytes:
+    """Return a figure as a file of that kind, `png` or `svg`: the same figure gives the same file."""
     content = io.BytesIO()
-    # No date and no version inside: the same findings give the same file.
-    figure.savefig(content, format="png", metadata={"Software": None})
+    # No date and no version inside.
+    figure.savefig(
+        content, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    )
     return content.getvalue()
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:
-    for path in folder.glob("*.png"):
+    for path in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         if path.name not in names:
             path.unlink()

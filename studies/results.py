@@ -12,11 +12,12 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 FORMAT = 1
+SHORT_KEY = 12  # characters of a key that end the name of its file
 
 Status: TypeAlias = Literal["finished", "failed"]
 
@@ -124,6 +125,41 @@ def read_result(path: Path, key: str | None = None) -> dict[str, Any]:
     if key is not None and payload["key"] != key:
         raise CorruptResultError(f"{path}: the result of another trial ({payload['key'][:12]}, not {key[:12]})")
     return payload
+
+
+class ResultFiles:
+    """The result files that a folder holds now, found by the key of their trial: the label that a name begins with is
+    what the stack was called when it was trained."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._paths: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("*--*.json")):
+            self._paths.setdefault(path.stem.rpartition("--")[2], []).append(path)
+
+    def paths(self, key: str) -> list[Path]:
+        """Return the files whose names end as those of that key do, unread."""
+        return self._paths.get(key[:SHORT_KEY], [])
+
+    def others(self, keys: Iterable[str]) -> int:
+        """Return how many trials have results here and are none of `keys`, by the names of the files."""
+        return len(set(self._paths) - {key[:SHORT_KEY] for key in keys})
+
+    def read(self, key: str) -> dict[str, Any]:
+        """Read the result of that key: of several, a finished one, or else the last.
+
+        Raises: `FileNotFoundError` where there is none; `CorruptResultError` where none can be read.
+        """
+        found: list[dict[str, Any]] = []
+        damaged: CorruptResultError | None = None
+        for path in self.paths(key):
+            try:
+                found.append(read_result(path, key))
+            except CorruptResultError as error:
+                damaged = error
+        if found:
+            return max(found, key=lambda record: (record["status"] == "finished", record.get("finished_at", "")))
+        raise damaged or FileNotFoundError(f"{self.folder}: no result of {key[:SHORT_KEY]}")
 
 
 def _refuse_constant(name: str) -> float:

@@ -7,15 +7,29 @@ nothing above studies.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
+from hybridzoo.studies.comparisons import SEEDS
 from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
-from hybridzoo.studies.stats import difference, spread
+from hybridzoo.studies.optimum import Optimum
+from hybridzoo.studies.solve import BUDGET_WORDS
+from hybridzoo.studies.stats import spread
 from hybridzoo.studies.tasks import Shown
-from hybridzoo.training.units import count, size
-
-GUESSES = 1.5  # times the score of guessing: a mean below it says that next to nothing was learnt
-SEEDS = 3  # from so many on, an interval is worth more than a look at the range
+from hybridzoo.studies.verdicts import (
+    GUESSES,
+    Order,
+    Ranking,
+    budget_orders,
+    hybrid_orders,
+    learnt,
+    near_guessing,
+    optima,
+    optimum_of,
+    parts,
+    ranking,
+)
+from hybridzoo.training.units import size
 
 
 def score(shown: Shown, value: float) -> str:
@@ -33,10 +47,11 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def headline(findings: Findings, task: str) -> list[str]:
+def headline(findings: Findings, task: str, ratios: bool = True) -> list[str]:
     """Return what was found on one task, a sentence each: the ranking, the ratio curves, and what cannot be told.
 
-    Stacks are compared on the seeds that all of them have a result of.
+    Stacks are compared on the seeds that all of them have a result of. Without `ratios` nothing is said of the curves:
+    `curve_rows` has them as a table.
     """
     shown = findings.shown(task)
     if not findings.of(task):
@@ -47,7 +62,7 @@ def headline(findings: Findings, task: str) -> list[str]:
         return said
     best, worst = ranked[0], ranked[-1]
     guess = score(shown, shown.chance or 0)
-    guessing = [cell.stack.label for cell in ranked if _near_guessing(shown, cell)]
+    guessing = [cell.stack.label for cell in ranked if near_guessing(shown, cell)]
     if len(guessing) == len(ranked):
         return [
             *said,
@@ -60,10 +75,11 @@ def headline(findings: Findings, task: str) -> list[str]:
     )
     if _lone(ranked):
         said.append("With one seed nothing says how far chance moves a score, so no order of stacks is established.")
-    elif ties := _not_told_apart(ranked, shown.maximise):
+    elif ties := ranking(ranked, shown.maximise).ties:
         said.append(f"From the best, these seeds do not separate {joined([cell.stack.label for cell in ties])}.")
-    for name, curve in families(ranked).items():
+    for name, curve in families(ranked).items() if ratios else ():
         said += _ratio(shown, name, curve)
+    said += [order_sentence(order) for order in hybrid_orders(findings, task)]
     if len(ranked) > 1:
         said.append(_frontier(shown, ranked))
     if guessing:
@@ -73,9 +89,10 @@ def headline(findings: Findings, task: str) -> list[str]:
 
 def _incomplete(findings: Findings, task: str, compared: Sequence[Cell]) -> list[str]:
     """Name the stacks that lack seeds, and the seeds that are left to compare on."""
-    seeds, cells = findings.plan.study["seeds"], findings.cells[task]
+    seeds = findings.plan.study["seeds"]
     counts = {
-        stack.label: len(cells[stack.label].seeds) if stack.label in cells else 0 for stack in findings.plan.stacks
+        stack.label: len(cell.seeds) if (cell := findings.cell(task, stack)) is not None else 0
+        for stack in findings.plan.stacks
     }
     short = [f"{label} ({n} of {len(seeds)} seeds)" for label, n in counts.items() if n < len(seeds)]
     if not short:
@@ -105,69 +122,143 @@ def _with_seeds(shown: Shown, cell: Cell) -> str:
     return f"{score(shown, cell.mean)} (seeds {', '.join(score(shown, value) for value in cell.scores)})"
 
 
-def _near_guessing(shown: Shown, cell: Cell) -> bool:
-    return shown.chance is not None and shown.maximise and cell.mean < GUESSES * shown.chance
-
-
-def _not_told_apart(ranked: Sequence[Cell], maximise: bool) -> list[Cell]:
-    """The cells, all of the same seeds, whose paired difference from the best is within its own noise.
-
-    From `SEEDS` seeds on, the 95 % interval of the difference holds 0. With fewer an interval says little, and the
-    ranges of the seeds must overlap.
-    """
-    best, rest = ranked[0], ranked[1:]
-    ties = []
-    for cell in rest:
-        if len(best.scores) >= SEEDS:
-            apart = difference(best.scores, cell.scores)
-            tied = apart.low <= 0 <= apart.high
-        elif maximise:
-            tied = max(cell.scores) >= min(best.scores)
-        else:
-            tied = min(cell.scores) <= max(best.scores)
-        if tied:
-            ties.append(cell)
-    return ties
-
-
 def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
-    """Say where along a ratio curve the score changes, or that it hardly does."""
+    """Say where along a ratio curve the score changes, or that it hardly does, and where it is best."""
     if len({cell.stack.attention for cell in curve}) < 3:
         return []
-    sign = 1 if shown.maximise else -1
     means = [cell.mean for cell in curve]
     noise = max(spread(cell.scores) for cell in curve)
     whole = max(means) - min(means)
-    ranked = sorted(curve, key=lambda cell: cell.mean, reverse=shown.maximise)
-    if not _lone(curve) and len(_not_told_apart(ranked, shown.maximise)) == len(curve) - 1:
+    ranked = ranking(curve, shown.maximise)
+    if not _lone(curve) and len(ranked.ties) == len(curve) - 1:
         return [
             f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, and the seeds of one "
             f"stack by up to {gap(shown, noise)}: no ratio is told from the best, so flat, as far as this can tell."
         ]
-    steps = [(sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)]
-    jump, before, after = max(steps, key=lambda step: abs(step[0]))
+    jump, before, after = _largest(shown, curve)
     verb = "gains" if jump > 0 else "loses"
     return [
-        _best_ratio(shown, name, curve),
+        _best_ratio(shown, name, ranked),
+        _fitted(optimum_of(curve, shown.maximise)),
         f"Along the ratio of attention to {name}, the largest change is from {_share(before)} to {_share(after)} "
         f"attention, which {verb} {gap(shown, abs(jump))} ({score(shown, before.mean)} to "
         f"{score(shown, after.mean)}) of the {gap(shown, whole)} between the best and the worst mixture.",
     ]
 
 
-def _best_ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> str:
-    """Name the best measured ratio and those that its seeds do not tell from it: the interval of the optimum."""
-    ranked = sorted(curve, key=lambda cell: cell.mean, reverse=shown.maximise)
-    ties = sorted({cell.stack.attention for cell in _not_told_apart(ranked, shown.maximise)})
-    ties = [share for share in ties if share != ranked[0].stack.attention]
-    said = f"Of the mixtures of attention and {name}, that with {_share(ranked[0])} attention is {_best(ranked)}"
-    if _lone(ranked):
+def _best_ratio(shown: Shown, name: str, ranked: Ranking) -> str:
+    """Name the best measured ratio and those that its seeds do not tell from it."""
+    best = ranked.cells[0]
+    ties = sorted({cell.stack.attention for cell in ranked.ties} - {best.stack.attention})
+    said = f"Of the mixtures of attention and {name}, that with {_share(best)} attention is {_best(ranked.cells)}"
+    if _lone(ranked.cells):
         return f"{said}; one seed does not say whether by more than chance."
-    if not ties and len(ranked[0].scores) < SEEDS:
+    if not ties and len(best.scores) < SEEDS:
         return f"{said}: no seed of another reaches one of its own."
     if not ties:
-        return f"{said}: the 95 % interval of its difference from every other excludes zero."
-    return f"{said}; the seeds do not separate it from {joined([f'{100 * share:.3g} %' for share in ties])}."
+        return f"{said}: its difference from every other is significant (paired t, 5 % after Holm)."
+    return f"{said}; the seeds do not separate it from {joined([percent(share) for share in ties])}."
+
+
+def _fitted(fitted: Optimum) -> str:
+    """The fitted optimum with its interval, or why there is none."""
+    if fitted.verdict == "unknown":
+        return f"No best ratio is fitted: {fitted.why}."
+    if fitted.verdict == "flat":
+        return f"Where the best ratio lies cannot be told: {fitted.why}."
+    within = _within(fitted)
+    if fitted.verdict == "inside":
+        return f"Fitted, the best ratio is {percent(fitted.ratio)} attention; 95 % interval: {within}."
+    beyond = "" if fitted.measured in (0, 1) else ", and may lie beyond it: other ratios were not tried"
+    return (
+        f"The best ratio is at the edge of the range, {percent(fitted.measured)} attention{beyond}; 95 % interval: "
+        f"{within}."
+    )
+
+
+def percent(share: float) -> str:
+    """Return a share for a sentence: `12.5 %`."""
+    return f"{100 * share:.3g} %"
+
+
+def between(findings: Findings, task: str) -> list[str]:
+    """Say how far each two budgets order the same stacks alike."""
+    each = {name: part for name, part in parts(findings).items() if learnt(part, task)}
+    return [order_sentence(order) for order in budget_orders(each, task)]
+
+
+def between_rows(findings: Findings, task: str) -> list[list[str]]:
+    """Return where each budget puts the best ratio of every curve: the curve, then a text for each budget."""
+    found = [optima(part, task) for part in parts(findings).values()]
+    curves = dict.fromkeys(curve for one in found for curve in one)
+    return [[curve, *(place_of(one[curve]) if curve in one else "–" for one in found)] for curve in curves]
+
+
+def place_of(found: Optimum) -> str:
+    """Return where a curve is best as part of a sentence: `near 25 % (12.5 % to 40 %)`."""
+    if found.verdict == "unknown":
+        return f"at a ratio that is not bounded ({found.why})"
+    if found.verdict == "flat":
+        return "at no ratio that can be told (flat)"
+    at = f"near {percent(found.ratio)}" if found.verdict == "inside" else f"at the edge, {percent(found.measured)}"
+    return f"{at} ({_within(found)})"
+
+
+def _within(found: Optimum) -> str:
+    same = percent(found.low) == percent(found.high)
+    return f"{percent(found.low)} alone" if same else f"{percent(found.low)} to {percent(found.high)}"
+
+
+CURVES = ("attention beside", "best ratio (95 % interval)", "best measured", "not told from it", "largest change")
+
+
+def curve_rows(findings: Findings, task: str) -> list[list[str]]:
+    """Return the ratio curves of a task as rows of texts under `CURVES`; of cells of the same seeds."""
+    shown = findings.shown(task)
+    cells = findings.comparable(task) if learnt(findings, task) else []
+    rows = []
+    for name, curve in families(cells).items():
+        if len({cell.stack.attention for cell in curve}) < 3:
+            continue
+        ranked = ranking(curve, shown.maximise)
+        best = ranked.cells[0]
+        ties = sorted({cell.stack.attention for cell in ranked.ties} - {best.stack.attention})
+        tied = joined([percent(share) for share in ties]) if len(best.scores) > 1 else "one seed tells none"
+        change, before, after = _largest(shown, curve)
+        sign = "+" if after.mean >= before.mean else "−"
+        moved = (
+            f"{percent(before.stack.attention)} to {percent(after.stack.attention)}: {sign}{gap(shown, abs(change))}"
+        )
+        measured = f"{percent(best.stack.attention)}: {score(shown, best.mean)}"
+        rows.append([name, place_of(optimum_of(curve, shown.maximise)), measured, tied or "none", moved])
+    return rows
+
+
+def _largest(shown: Shown, curve: Sequence[Cell]) -> tuple[float, Cell, Cell]:
+    """The largest change between neighbours of a curve, above 0 where it is for the better."""
+    sign = 1 if shown.maximise else -1
+    return max(((sign * (b.mean - a.mean), a, b) for a, b in itertools.pairwise(curve)), key=lambda step: abs(step[0]))
+
+
+def order_sentence(order: Order) -> str:
+    """Say how far two settings order stacks alike, how well that is known, and what chance would give."""
+    found = order.correlation
+    first, second = (_setting(name) for name in (order.first, order.second))
+    said = f"The order of {found.n} stacks {first} against that {second}: "
+    if math.isnan(found.tau):
+        return f"{said}all means of one are equal, so there is none to compare."
+    known = (
+        "one seed bounds nothing" if math.isnan(found.low) else f"the seeds leave {found.low:.2f} to {found.high:.2f}"
+    )
+    return f"{said}Kendall's tau {found.tau:.2f} ({known}); {_chance(found.p)} of all orders are as like or unlike."
+
+
+def _chance(p: float) -> str:
+    return percent(p) if p >= 0.001 else "less than 0.1 %"
+
+
+def _setting(name: str) -> str:
+    return f"at equal {BUDGET_WORDS[name]}" if name in BUDGET_WORDS else f"with {name}"
 
 
 def _frontier(shown: Shown, compared: Sequence[Cell]) -> str:
@@ -178,7 +269,7 @@ def _frontier(shown: Shown, compared: Sequence[Cell]) -> str:
 
 
 def _share(cell: Cell) -> str:
-    return f"{100 * cell.stack.attention:.3g} %"
+    return percent(cell.stack.attention)
 
 
 def training_notes(findings: Findings, task: str) -> list[str]:
@@ -191,7 +282,7 @@ def training_notes(findings: Findings, task: str) -> list[str]:
             f"On {task} no learning curve was recorded (train.eval_every), so nothing here says whether training was "
             "long enough."
         ]
-    cells = [cell for cell in cells if not _near_guessing(shown, cell)]  # what moves there is noise
+    cells = [cell for cell in cells if not near_guessing(shown, cell)]  # what moves there is noise
     if not cells:
         return [f"On {task} no stack reaches {GUESSES} times guessing: whether a longer training would is not shown."]
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
@@ -204,45 +295,3 @@ def training_notes(findings: Findings, task: str) -> list[str]:
         f"On {task}, still improving, {compared}: {joined(still)}. Their scores are what this budget gives, not what "
         "they can reach."
     ]
-
-
-def limits(findings: Findings) -> list[str]:
-    """Say what the study does not show, from the facts of this run."""
-    plan, study = findings.plan, findings.plan.study
-    counts = [n for stack in plan.stacks for n in stack.parameters.values()]
-    least, most = count(min(counts)), count(max(counts))
-    scale = least if least == most else f"{least} to {most}"
-    said = [
-        f"Models here have {scale} parameters: whether an order of stacks found at this size holds at another is not "
-        "shown."
-    ]
-    for task in plan.shown:
-        tokens = [history.tokens for cell in findings.of(task) for history in cell.histories]
-        if tokens:
-            said.append(
-                f"On {task} each trained on {count(max(tokens))} tokens; a longer training may order them otherwise."
-            )
-    seeds = len(study["seeds"])
-    if seeds < 3:
-        said.append(
-            "One seed says nothing of chance: differences may be luck, and the table has no intervals."
-            if seeds == 1
-            else "Two seeds bound chance only loosely: small differences may be luck, and the intervals in the table "
-            "are wide for that reason."
-        )
-    said.append(
-        "All stacks trained with the same learning rate and schedule; each may have a better one of its own, and the "
-        "comparison favours those for which this one happens to be right."
-    )
-    if plan.target is not None:
-        said.append(
-            "Parameters were made equal by the width of the FFN, so a stack with larger mixers has a smaller FFN. "
-            "Equal training compute or equal inference memory would be other comparisons, with other answers."
-        )
-    said.append(
-        f"Inference memory is counted, not measured: what one sequence must keep after {study['context']:,} tokens, "
-        "keys and values and convolution tails in bfloat16, recurrent states in float32."
-    )
-    if any(shown.levels for shown in plan.shown.values()):
-        said.append("Recall is measured on a synthetic task, whose cliff need not stand at the same place in text.")
-    return said

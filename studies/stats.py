@@ -1,17 +1,22 @@
 """Small-sample statistics over seeds: means, intervals, and whether two stacks can be told apart.
 
 May import nothing of hybridzoo, and needs no scipy. Sources: Student's t through the regularised incomplete beta
-function (Numerical Recipes, 6.4, modified Lentz); percentile bootstrap (Efron 1979); Pareto dominance.
+function (Numerical Recipes, 6.4, modified Lentz); BCa bootstrap (Efron, JASA 1987); Pareto dominance. comparisons.py,
+optimum.py and resampling.py hold what concerns several stacks at once.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import math
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+BOOTSTRAP_FROM = 10  # values: from so many on they say more of their scatter than an assumed shape does
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,12 @@ class Summary:
 
 
 def summarise(values: Sequence[float], confidence: float = 0.95) -> Summary:
-    """Return mean and Student's t interval; with one value the interval is NaN, since nothing is known of the spread.
+    """Return mean and interval; with one value the interval is NaN, since nothing is known of the spread.
+
+    Below `BOOTSTRAP_FROM` values the interval is Student's t, which holds at any number of them where they scatter
+    normally; from there on `bootstrap_interval`, which asks for no shape but needs the values to show it: of five
+    normal ones its 95 % interval holds the mean 85 times in 100 (simulated), of two or three it is hardly more than
+    their range.
 
     Raises: `ValueError` without values, or for a value that is not finite.
     """
@@ -48,20 +58,41 @@ def summarise(values: Sequence[float], confidence: float = 0.95) -> Summary:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Summary(tuple(values), mean, math.nan, math.nan)
+    if len(values) >= BOOTSTRAP_FROM:
+        return Summary(tuple(values), mean, *bootstrap_interval(values, confidence))
     half = t_quantile(0.5 + confidence / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Summary(tuple(values), mean, mean - half, mean + half)
 
 
 def bootstrap_interval(
-    values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 4_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean. Below some five values Student's t is the better guide."""
+    """Return the bias-corrected, accelerated (BCa) bootstrap interval of the mean; the same for every order of values.
+
+    Raises: `ValueError` without values.
+    """
     if not values:
         raise ValueError("no values to resample")
+    return _bca(tuple(sorted(values)), confidence, resamples, seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bca(values: tuple[float, ...], confidence: float, resamples: int, seed: int) -> tuple[float, float]:
+    n, mean = len(values), statistics.fmean(values)
     draw = random.Random(seed)
-    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(resamples))
-    tail = (1 - confidence) / 2
-    return means[math.floor(tail * (resamples - 1))], means[math.ceil((1 - tail) * (resamples - 1))]
+    means = sorted(statistics.fmean(draw.choices(values, k=n)) for _ in range(resamples))
+    below = (bisect.bisect_left(means, mean) + bisect.bisect_right(means, mean)) / 2 / resamples
+    normal = statistics.NormalDist()
+    bias = normal.inv_cdf(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples))
+    # Of the mean, the jackknife's acceleration is the skewness of the values.
+    squares, cubes = (sum((value - mean) ** power for value in values) for power in (2, 3))
+    acceleration = cubes / (6 * squares**1.5) if squares > 0 else 0.0
+    ends = []
+    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
+        moved = bias + normal.inv_cdf(tail)
+        level = normal.cdf(bias + moved / (1 - acceleration * moved))
+        ends.append(means[min(resamples - 1, int(level * resamples))])
+    return min(ends[0], mean), max(ends[1], mean)
 
 
 def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Summary:
@@ -74,6 +105,7 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95)
     return summarise([x - y for x, y in zip(a, b, strict=True)], confidence)
 
 
+@functools.lru_cache(maxsize=256)
 def t_quantile(p: float, df: int) -> float:
     """Return the `p` quantile of Student's t with `df` degrees of freedom, to about 1e-10."""
     if not 0 < p < 1 or df < 1:

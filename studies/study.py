@@ -5,20 +5,25 @@ May import architectures and training. plan.py turns a study into trials; docs/s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from hybridzoo.architectures.loader import origin_of, parse_override
+from hybridzoo.architectures.loader import is_spec, list_specs, origin_of, parse_override
 from hybridzoo.architectures.plain_yaml import read_file
 from hybridzoo.mixers.schema import SpecError, convert, nearest, unknown
+from hybridzoo.studies.hybrids import AXES as HYBRID_AXES
+from hybridzoo.studies.hybrids import Hybrid
 from hybridzoo.studies.tasks import build_task
+from hybridzoo.studies.tasks.answers import AnswerConfig
 from hybridzoo.training import TrainConfig
 
 _NAME = re.compile(r"\w[\w .-]{0,99}")
@@ -34,21 +39,54 @@ def yaml_word(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+BUDGETS = ("params", "train_flops", "inference_bytes")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hold:
-    """What every stack has equal. `params` is met by the width of the FFN, within `tolerance` (a share).
+    """What is made equal, within `tolerance` (a share): each of the three that is given is a budget of its own.
 
-    `params` is a number, or `largest`: that of the stack which has most as declared, which widening always reaches.
+    `params`, and `train_flops` a token in training, are a number, or `largest`: that of the stack which has most as
+    declared, which widening always reaches. `inference_bytes` are those of one sequence after the study's context,
+    weights excluded; there may also be held to the `smallest`. With none given, `params` is `largest`.
     """
 
-    params: int | Literal["largest"] = "largest"
-    tolerance: float = 0.02
+    params: int | Literal["largest"] | None = None
+    train_flops: int | Literal["largest"] | None = None
+    inference_bytes: int | Literal["largest", "smallest"] | None = None
+    tolerance: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.params != "largest" and self.params < 1:
-            raise SpecError(f".params: must be at least 1, got {self.params}")
+        if not self.asked:
+            object.__setattr__(self, "params", "largest")
+        for budget, target in self.asked.items():
+            if isinstance(target, int) and target < 1:
+                raise SpecError(f".{budget}: must be at least 1, got {target}")
         if not 0 < self.tolerance < 1:
             raise SpecError(f".tolerance: must be a share between 0 and 1, got {self.tolerance}")
+
+    @property
+    def asked(self) -> dict[str, int | str]:
+        """The budgets that are asked for, each with its target: a number, `largest` or `smallest`."""
+        return {budget: value for budget in BUDGETS if (value := getattr(self, budget)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Give every stack its own learning rate: pilots train it at each of `lr`, once for each of `seeds`.
+
+    The rate whose pilots score best, in the task's own metric and in the mean, is the one that its trials train with.
+    """
+
+    lr: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if len(set(self.lr)) < 2 or len(set(self.lr)) < len(self.lr) or min(self.lr) <= 0:
+            raise SpecError(f".lr: must be two or more distinct rates above 0, got {list(self.lr)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise SpecError(f".seeds: must be distinct and not negative, and one at least, got {list(self.seeds)}")
+        object.__setattr__(self, "lr", tuple(sorted(self.lr)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +102,7 @@ class _Written:
     train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     hold: Hold | None = None
+    tune: Tune | None = None
     context: int | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +123,22 @@ class _Written:
                 raise SpecError(f".axes.{path}: expected a list of values, as in [16, 32], got {yaml_word(values)}")
             if not values:
                 raise SpecError(f".axes.{path}: an axis needs at least one value")
+            if twice := _twice(path, values):
+                one, other = map(yaml_word, twice)
+                said = f"{one} stands there twice" if one == other else f"{one} and {other} are the same"
+                raise SpecError(f".axes.{path}: its values must be distinct, and {said}")
+
+
+def _twice(path: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return two values of an axis that are one, however they are written; nothing where all differ."""
+
+    def same(value: Any) -> Any:
+        if path == "ratio":  # 1/4, 0.25 and '0.25'
+            with contextlib.suppress(ValueError, ZeroDivisionError):
+                return Fraction(str(value))
+        return yaml_word(value) if isinstance(value, bool | None) else value
+
+    return next(((a, b) for a, b in itertools.combinations(values, 2) if same(a) == same(b)), ())
 
 
 @dataclass(frozen=True)
@@ -96,10 +151,17 @@ class StudyTaskEntry:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a crossed stack comes from: the label it was declared under, and the value that each axis has in it."""
+    """Where a crossed stack comes from: the label it was declared under, and the value that each axis has in it.
+
+    Of a hybrid, also the names of its two mixers (`recurrent`, then `attention`), where its attention stands, and the
+    one mixer that it is of where the ratio leaves no other.
+    """
 
     declared: str
     chosen: dict[str, Any]
+    hybrid: tuple[str, str] | None = None
+    placement: str = ""
+    alone: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +170,8 @@ class Study:
     say what each was crossed from.
 
     `spec` is a shipped spec's name, a path, or a spec's own mapping. `context` is the length at which inference memory
-    is counted: None is 4,096, or less where a stack takes less. `source` is what errors call the file, `origins` what
-    gave a key where the file did not, `folder` where its relative paths start.
+    is counted: None is 4,096, or less where a stack takes less. `source` is what errors call the file, `overrides` were
+    laid over it, `origins` says what gave a key where the file did not, `folder` is where relative paths start.
     """
 
     name: str
@@ -120,17 +182,19 @@ class Study:
     tasks: dict[str, StudyTaskEntry]
     seeds: tuple[int, ...]
     hold: Hold | None
+    tune: Tune | None
     context: int | None
     source: str
     folder: Path
     origins: dict[str, str]
+    overrides: tuple[str, ...] = ()
 
     def placed(self, message: str) -> str:
         """Put the file, or the override, that gave the key at fault before an error message that starts with it."""
         return f"{origin_of(message, self.origins, self.source)}: {message}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the study as plain data with every default filled in."""
+        """Return the study as plain data: the defaults of training filled in, specs and tasks as they were written."""
         data = dataclasses.asdict(self)
         del data["source"], data["folder"], data["origins"], data["crossings"]
         data["tasks"] = {
@@ -147,6 +211,8 @@ def list_studies() -> list[str]:
 def study_path(name: str) -> Path:
     """Return the file of a shipped study; `SpecError` that lists them, with the nearest, for another name."""
     if name not in list_studies():
+        if name in list_specs():
+            raise SpecError(_a_spec(name))
         raise SpecError(
             f"no study '{name}'{nearest(name, list_studies())}; shipped: {', '.join(list_studies())}; "
             "a file of your own is a path that ends in .yaml"
@@ -171,13 +237,22 @@ def load_study(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = 
         path = study_path(given)
         where = path.name
     file = data = read_file(path, where)
+    if is_spec(file):
+        raise SpecError(_a_spec(given))
     origins = {}
     for text in overrides:
         keys, value = parse_override(text)
         data = _overlay(data, keys, value)
         origins[".".join(keys)] = f"override '{text}'"
     _check_labels(file, data, origins)
-    return _checked(data, where, path.parent, origins)
+    return replace(_checked(data, where, path.parent, origins), overrides=tuple(overrides))
+
+
+def _a_spec(name: str) -> str:
+    return (
+        f"'{name}' is a spec, one stack: use `hybridzoo train {name}` or `hybridzoo show {name}`; a study names it "
+        "under 'spec', beside its tasks"
+    )
 
 
 def _check_labels(file: Mapping[str, Any], data: Mapping[str, Any], origins: Mapping[str, str]) -> None:
@@ -215,6 +290,7 @@ def _checked(data: Mapping[str, Any], where: str, folder: Path, origins: dict[st
         tasks=tasks,
         seeds=written.seeds,
         hold=written.hold,
+        tune=written.tune,
         context=written.context,
         source=where,
         folder=folder,
@@ -243,8 +319,29 @@ def _task_entry(label: str, entry: Mapping[str, Any], shared: Mapping[str, Any])
         if "seed" in given:
             raise SpecError(f"{place}.seed: the seeds are the study's own: give them as 'seeds'")
     convert(TrainConfig, shared, "train")  # so that an error in what all tasks share is not put on the first of them
-    build_task(words, f"tasks.{label}")
-    return StudyTaskEntry(words, convert(TrainConfig, {**shared, **own}, where))
+    task = build_task(words, f"tasks.{label}")
+    train = convert(TrainConfig, {**shared, **own}, where)
+    steps = f"{where}.steps" if "steps" in own else "train.steps" if "steps" in shared else ""
+    if isinstance(task.config, AnswerConfig):
+        _check_curriculum(label, task.config, train.steps, steps)
+    return StudyTaskEntry(words, train)
+
+
+def _check_curriculum(label: str, config: AnswerConfig, steps: int, given: str) -> None:
+    """Refuse a training that ends within its curriculum; `given` is the key of its steps, nothing for the default."""
+    before = sum(length for _, length in config.stages)
+    if before < steps:
+        return
+    # As a way out, the same stages in at most half of the steps; of very few steps there is none but no curriculum.
+    scaled = [(level, length * steps // (2 * before)) for level, length in config.stages]
+    stages = ", ".join(f"{{{config.knob}: {level}, steps: {length}}}" for level, length in scaled if length)
+    place = given or f"tasks.{label}.curriculum"
+    longer = f"{given or f'tasks.{label}.train.steps'}={2 * before}"
+    raise SpecError(
+        f".{place}: the curriculum of tasks.{label} takes {before} steps and the whole training {steps}, so the task's "
+        f"own {config.knob}, {config.own}, would never be trained on: give more steps ({longer}, say), or a shorter "
+        f"curriculum (tasks.{label}.curriculum=[{stages}])"
+    )
 
 
 def _cross(
@@ -255,15 +352,53 @@ def _cross(
     crossings: dict[str, Crossing] = {}
     for label, overrides in stacks.items():
         flat = _flatten(overrides)
-        for path in axes:
-            if path in flat:
-                raise SpecError(f".stacks.{label}.{path}: is also an axis; one of the two must go")
-        for values in itertools.product(*axes.values()):
-            crossing = Crossing(label, dict(zip(axes, values, strict=True)))
-            full = crossed_label(crossing, axes)
-            crossed[full] = {**flat, **crossing.chosen}
-            crossings[full] = crossing
+        if "hybrid" in flat:
+            raise SpecError(f".stacks.{label}.hybrid: expected its words, as in {_HYBRID_FORM}")
+        words = {path.removeprefix(_HYBRID): flat.pop(path) for path in list(flat) if path.startswith(_HYBRID)}
+        mine = {path: values for path, values in axes.items() if words or path not in HYBRID_AXES}
+        for path in mine:
+            if path in flat or (path in words and path in HYBRID_AXES):
+                where = path if path in flat else f"hybrid.{path}"
+                raise SpecError(f".stacks.{label}.{where}: is also an axis; one of the two must go")
+        if words and ("layers" in flat or "layers" in mine):
+            raise SpecError(f".stacks.{label}.hybrid: gives the layers, and so do 'layers'; one of the two must go")
+        for values in itertools.product(*mine.values()):
+            chosen = dict(zip(mine, values, strict=True))
+            full = crossed_label(Crossing(label, chosen), mine)
+            crossings[full], own = _chosen(label, words, chosen)
+            crossed[full] = {**flat, **own}
+    unused = [
+        path for path in axes if path in HYBRID_AXES and all(path not in one.chosen for one in crossings.values())
+    ]
+    for path in unused:
+        raise SpecError(f".axes.{path}: is an axis of hybrids, and no stack is one: {_HYBRID_FORM}")
     return crossed, crossings
+
+
+_HYBRID = "hybrid."
+_HYBRID_FORM = "stacks: {mine: {hybrid: {recurrent: c, attention: a, layers: 8}}}"
+
+
+def _chosen(label: str, words: Mapping[str, Any], chosen: dict[str, Any]) -> tuple[Crossing, dict[str, Any]]:
+    """Return where one combination of the axes comes from, and the keys of the spec that it changes."""
+    if not words:
+        return Crossing(label, chosen), chosen
+    own = {path: value for path, value in chosen.items() if path not in HYBRID_AXES}
+    from_axes = {path: value for path, value in chosen.items() if path in HYBRID_AXES}
+    where = f".stacks.{label}.hybrid"
+    if "ratio" not in {**words, **from_axes}:
+        raise SpecError(f"{where}: missing 'ratio': give it here, or as an axis: axes: {{ratio: [0, 1/4, 1/2, 1]}}")
+    try:
+        hybrid = convert(Hybrid, {**words, **from_axes}, where)
+    except SpecError as error:
+        # What an axis says wrong is put there; a ratio is also a matter of how many layers a stack has.
+        for path in from_axes:
+            if str(error).startswith(f"{where}.{path}: "):
+                told = str(error).removeprefix(f"{where}.{path}: ")
+                raise SpecError(f".axes.{path}: {told} (of stacks.{label})") from None
+        raise
+    mixers = (hybrid.recurrent, hybrid.attention)
+    return Crossing(label, chosen, mixers, hybrid.placed, hybrid.alone), {"layers": hybrid.pattern, **own}
 
 
 def crossed_label(crossing: Crossing, axes: Iterable[str]) -> str:

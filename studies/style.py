@@ -1,17 +1,21 @@
 """One look for every picture: colours that say what a stack is, marks that say it again without colour.
 
-Stacks between all attention and none of one family take a ramp from blue to red by their share of attention; other
-families take hues of their own. Needs matplotlib (the extra `study`), drawn without pyplot, so without any display.
+Stacks between all attention and none of one family take a ramp from blue to red by their share of attention; where
+there are several families, each has a colour and each share a mark. Needs matplotlib (the extra `study`), drawn without
+pyplot, so without any display.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hybridzoo.studies.plan import Stack
+from hybridzoo.studies.stack import Stack
+from hybridzoo.studies.study import yaml_word
 
 INK, SOFT, FAINT, PAPER = "#1d2733", "#5c6b7a", "#dfe5ea", "#ffffff"
 
@@ -19,18 +23,98 @@ INK, SOFT, FAINT, PAPER = "#1d2733", "#5c6b7a", "#dfe5ea", "#ffffff"
 _RAMP = ("#1f4e8c", "#2b83a8", "#3fa58c", "#d8a03a", "#c5482f")
 _HUES = ("#7a4fa3", "#4d7f2d", "#c2558f", "#8a5a2b", "#4a5568", "#0f8b8d")
 _MARKS = ("s", "D", "^", "v", "P", "X", "h", "p", "*", "<", ">")
+# Okabe and Ito's colours, for eyes of every kind, without yellow and black; and two more of other lightness.
+_CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#5d4a1f")
+_FILLS = ("full", "none", "left", "right", "bottom", "top")
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one stack is drawn, in every picture of a report."""
+    """How one stack is drawn, in every picture of a report.
+
+    `fill` is matplotlib's fill style: which part of the mark has the colour. `curve` and `placement` are what colour
+    and fill stand for, where they stand for several stacks.
+    """
 
     colour: str
     mark: str
+    fill: str = "full"
+    curve: str = ""
+    placement: str = ""
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """How matplotlib is told to draw the mark."""
+        edge = "white" if self.fill == "full" else self.colour
+        face = {"markeredgecolor": edge, "markerfacecoloralt": "white"}
+        return {"color": self.colour, "marker": self.mark, "fillstyle": self.fill, **face}
 
 
 def looks(stacks: Sequence[Stack]) -> dict[str, Look]:
-    """Give every stack its colour and mark, by label."""
+    """Give every stack its colour and mark, by label.
+
+    Where a study mixes several recurrent mixers with attention, or one in several ways, each such mixture has a colour,
+    each ratio a mark, and each placement a fill of it. With one mixture, colours run along its ratio.
+    """
+    mixtures: dict[str, Stack] = {}
+    for stack in stacks:
+        if 0 < stack.attention < 1:
+            mixtures.setdefault(_mixture(stack), stack)
+    curves = dict(zip(mixtures, _named(list(mixtures.values())), strict=True))
+    placements = {stack.placement for stack in stacks if 0 < stack.attention < 1}
+    return _by_curve(stacks, curves) if len(curves) > 1 or len(placements) > 1 else _by_ratio(stacks)
+
+
+def _mixture(stack: Stack) -> str:
+    kind = stack.kind
+    return json.dumps([kind.recurrent, kind.attention, kind.rest, kind.parallel], sort_keys=True, default=str)
+
+
+def _named(mixtures: Sequence[Stack]) -> list[str]:
+    """The family of each, and of several of one family the words in which they differ."""
+    names: list[str] = []
+    for stack in mixtures:
+        alike = [_words(other) for other in mixtures if other.family == stack.family]
+        words = dict.fromkeys(
+            f"{name.rpartition('.')[2]}={yaml_word(value)}"
+            for name, value in _words(stack).items()
+            if any(other.get(name, value) != value for other in alike)
+        )
+        name = f"{stack.family} ({', '.join(words)})" if words else stack.family
+        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
+    return names
+
+
+def _words(stack: Stack) -> dict[str, Any]:
+    kind = stack.kind
+    return {**kind.rest, **kind.recurrent, **kind.attention, "parallel": kind.parallel}
+
+
+def _by_curve(stacks: Sequence[Stack], curves: dict[str, str]) -> dict[str, Look]:
+    colours = {key: _CURVES[place % len(_CURVES)] for place, key in enumerate(curves)}
+    marks = dict(zip(sorted({s.attention for s in stacks}), ("o", *_MARKS), strict=False))
+    alone = {  # a recurrent mixer by itself has the colour of the first curve that it ends
+        json.dumps([s.kind.recurrent, s.kind.rest], sort_keys=True, default=str): _mixture(s)
+        for s in reversed(stacks)
+        if 0 < s.attention < 1
+    }
+    fills = dict(zip(dict.fromkeys(s.placement for s in stacks if 0 < s.attention < 1), _FILLS, strict=False))
+    others = itertools.product(("#4a5568", *_HUES), ("o", *_MARKS), ("full",))
+    result: dict[str, Look] = {}
+    taken: set[tuple[str, str, str]] = set()
+    for stack in stacks:
+        own = json.dumps([stack.kind.recurrent, stack.kind.rest], sort_keys=True, default=str)
+        key = _mixture(stack) if 0 < stack.attention < 1 else alone.get(own, "") if stack.attention == 0 else ""
+        placement = stack.placement if 0 < stack.attention < 1 else ""
+        look = (colours.get(key, INK), marks.get(stack.attention, "o"), fills.get(placement, "full"))
+        if (not key and stack.attention < 1) or look in taken:
+            key, placement, look = "", "", next(one for one in others if one not in taken)
+        taken.add(look)
+        result[stack.label] = Look(*look, curve=curves.get(key, ""), placement=placement if len(fills) > 1 else "")
+    return result
+
+
+def _by_ratio(stacks: Sequence[Stack]) -> dict[str, Look]:
     mixed: dict[str, int] = {}
     for stack in stacks:
         if stack.attention < 1:
@@ -105,13 +189,18 @@ def styled() -> Iterator[None]:
         yield
 
 
-def legend_below(figure: Any, handles: Iterable[Any], columns: int = 4) -> None:
-    """Put one legend for the whole figure below its axes, in as many of `columns` as its width holds."""
+def legend_below(figure: Any, handles: Iterable[Any], columns: int = 8) -> None:
+    """Put one legend for the whole figure below its axes, in as many of `columns` as its width holds.
+
+    The figure grows by the legend's height, so that many entries take nothing from the axes.
+    """
     handles = list(handles)
     for number in range(min(columns, max(1, len(handles))), 0, -1):
         legend = figure.legend(
             handles=handles, loc="outside lower left", ncols=number, handletextpad=0.5, columnspacing=1.6
         )
-        if number == 1 or legend.get_window_extent().width <= figure.bbox.width:
+        extent = legend.get_window_extent()
+        if number == 1 or extent.width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
             return
         legend.remove()

@@ -47,18 +47,19 @@ def all_tables(findings: Findings) -> dict[str, Table]:
 def stack_table(findings: Findings) -> Table:
     """A row for each task and stack: what it costs and how it scored; behind the ratio curve and the frontier."""
     columns = (
-        *("task", "stack", "layers", "family", "attention_share", "ffn_width", "parameters"),
+        *("budget", "task", "stack", "layers", "family", "attention_share", "placement", "ffn_width", "parameters"),
         *("trained_length", "train_flops_per_token", "decode_flops_per_token", "state_bytes", "kv_bytes"),
         *("metric", "seeds", "mean", "low_95", "high_95", "least", "most", "gained_at_the_end", "on_frontier"),
-        "seconds_per_trial",
+        *("seconds_per_trial", "solved"),
     )
     rows = []
     for task, shown in findings.plan.shown.items():
-        best = {cell.stack.label for cell in on_frontier(findings.of(task), shown.maximise)}
+        best = [cell.stack for cell in on_frontier(findings.of(task), shown.maximise)]
         for stack in findings.plan.stacks:
-            cell = findings.cells[task].get(stack.label)
+            cell = findings.cell(task, stack)
             costs = (
-                *(task, stack.label, stack.pattern, stack.family, stack.attention, stack.ffn_width),
+                *(stack.budget, task, stack.label, stack.pattern, stack.family, stack.attention, stack.placement),
+                stack.ffn_width,
                 *(
                     stack.parameters[task],
                     findings.plan.lengths[task],
@@ -67,7 +68,8 @@ def stack_table(findings: Findings) -> Table:
                 ),
                 *(stack.state_bytes, stack.kv_bytes, shown.metric),
             )
-            rows.append((*costs, *_scores(cell, shown.metric, shown.maximise, stack.label in best)))
+            scores = _scores(cell, shown.metric, shown.maximise, stack in best)
+            rows.append((*costs, *scores, stack.solved))
     return Table("Stacks: what each costs and how it scored", columns, tuple(rows))
 
 
@@ -83,7 +85,10 @@ def _scores(cell: Cell | None, metric: str, maximise: bool, best: bool) -> tuple
 
 def trial_table(findings: Findings) -> Table:
     """A row for each planned trial, whatever became of it."""
-    columns = ("task", "stack", "seed", "status", "metric", "score", "seconds", "tokens_per_second", "error", "key")
+    columns = (
+        *("budget", "task", "stack", "seed", "status", "metric", "score", "seconds", "tokens_per_second", "error"),
+        "key",
+    )
     results = {result["key"]: result for result in findings.results}
     rows: list[tuple[Value, ...]] = []
     for trial in findings.plan.trials:
@@ -91,7 +96,7 @@ def trial_table(findings: Findings) -> Table:
         result: dict[str, Any] = results.get(trial.key, {})
         rows.append(
             (
-                *(trial.task, trial.stack, trial.seed, result.get("status", "missing"), metric),
+                *(trial.budget, trial.task, trial.stack, trial.seed, result.get("status", "missing"), metric),
                 result.get("metrics", {}).get(metric),
                 result.get("seconds"),
                 History.from_dict(result["history"]).tokens_per_second if result.get("history") else None,
@@ -105,21 +110,21 @@ def trial_table(findings: Findings) -> Table:
 def level_table(findings: Findings) -> Table:
     """A row for each seed and difficulty: what lies behind the level curves."""
     rows = [
-        (task, cell.stack.label, seed, level, metrics[metric])
+        (cell.stack.budget, task, cell.stack.label, seed, level, metrics[metric])
         for task, shown in findings.plan.shown.items()
         for cell in findings.of(task)
         for seed, metrics in zip(cell.seeds, cell.metrics, strict=True)
         for level, metric in shown.levels
         if metric in metrics
     ]
-    return Table("Levels: the score at each difficulty", ("task", "stack", "seed", "level", "score"), tuple(rows))
+    columns = ("budget", "task", "stack", "seed", "level", "score")
+    return Table("Levels: the score at each difficulty", columns, tuple(rows))
 
 
 def learning_table(findings: Findings) -> Table:
     """A row for each seed and evaluation on the way: what lies behind the learning curves."""
-    return Table(
-        "Learning: the score on the way", ("task", "stack", "seed", "step", "score"), tuple(_learning(findings))
-    )
+    columns = ("budget", "task", "stack", "seed", "step", "score")
+    return Table("Learning: the score on the way", columns, tuple(_learning(findings)))
 
 
 def _learning(findings: Findings) -> Iterable[tuple[Value, ...]]:
@@ -127,4 +132,4 @@ def _learning(findings: Findings) -> Iterable[tuple[Value, ...]]:
         for cell in findings.of(task):
             for seed, history in zip(cell.seeds, cell.histories, strict=True):
                 for step, value in zip(*history.curve(shown.metric), strict=True):
-                    yield task, cell.stack.label, seed, step, value
+                    yield cell.stack.budget, task, cell.stack.label, seed, step, value

@@ -65,6 +65,11 @@ class StudyTask:
     def maximise(self) -> bool:
         return self.shown.maximise
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest sequence that it is scored on, which a model may not take; 0: unknown."""
+        return 0
+
     def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
         raise NotImplementedError(f"{self.__class__.__name__} draws no batches")
 

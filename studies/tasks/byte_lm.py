@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridzoo.mixers.schema import SpecError
+from hybridzoo.studies.tasks.answers import TOKENS_AT_ONCE
 from hybridzoo.studies.tasks.base import Shown, StudyTask, register_task
 from hybridzoo.training import Batch, ByteCorpus, load_bytes
 from hybridzoo.training.data import NOT_SOURCE
@@ -53,7 +54,11 @@ class ByteLmConfig:
 
 @register_task("bytes")
 class ByteLm(StudyTask):
-    """The task. A token is a byte; every byte of a window but its first is scored, given those before it there."""
+    """The task. A token is a byte; every byte of a window but its first is scored, given those before it there.
+
+    Scores: `bits_per_byte` of all of them, and `bits_per_byte@N`, for N each power of two, of those that N bytes or
+    more stand before, and fewer than 2 N: whether a stack makes use of what is far back.
+    """
 
     Config = ByteLmConfig
     config: ByteLmConfig
@@ -61,6 +66,10 @@ class ByteLm(StudyTask):
     @property
     def vocab_size(self) -> int:
         return 256
+
+    @property
+    def longest(self) -> int:
+        return self.config.length
 
     @functools.cached_property
     def corpus(self) -> ByteCorpus:
@@ -87,6 +96,8 @@ class ByteLm(StudyTask):
                 f"train on, {len(self.corpus.validation_files)} to validate. The score is the mean bits a byte over "
                 f"{self.config.examples} windows of {self.config.length} bytes of the latter; lower is better."
             ),
+            level_axis="bytes before the one to be told, from here to twice as many",
+            levels=tuple((start, f"bits_per_byte@{start}") for start in self._buckets),
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -101,17 +112,26 @@ class ByteLm(StudyTask):
         ids = self._windows(text, starts)
         return Batch(ids, ids)
 
+    @property
+    def _buckets(self) -> list[int]:
+        """Where each bucket of positions starts, counted in the bytes before: 1, 2, 4, ..., the last cut short."""
+        return [2**i for i in range((self.config.length - 1).bit_length())]
+
     def evaluate(self, model: nn.Module, device: torch.device, quick: bool = False) -> dict[str, float]:
         text = self.corpus.validation
         count = self.config.quick_examples if quick else self.config.examples
         starts = torch.linspace(0, text.numel() - self.config.length, count, dtype=torch.float64).long()
-        nats, scored = 0.0, 0
-        for chunk in starts.split(32):
+        nats = torch.zeros(self.config.length - 1, dtype=torch.float64)  # by the bytes before, from 1
+        for chunk in starts.split(min(32, max(1, TOKENS_AT_ONCE // self.config.length))):
             ids = self._windows(text, chunk).to(device)
             logits = model(ids).logits[:, :-1].float()
-            nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-            scored += ids[:, 1:].numel()
-        return {"bits_per_byte": nats / scored / math.log(2)}
+            lost = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            nats += lost.view(len(ids), -1).sum(0).double().cpu()
+        bits = nats / count / math.log(2)
+        scores = {"bits_per_byte": bits.mean().item()}
+        if not quick:
+            scores |= {f"bits_per_byte@{n}": bits[n - 1 : 2 * n - 1].mean().item() for n in self._buckets}
+        return scores
 
     def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
         return text[starts[:, None] + torch.arange(self.config.length)].long()

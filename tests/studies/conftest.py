@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hybridzoo.studies.plan import Kind, Plan, Stack
+from hybridzoo.studies.plan import Plan
+from hybridzoo.studies.stack import Kind, Stack
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.studies.trial import Trial, result_of
 from hybridzoo.training import Evaluation, History
@@ -78,7 +79,8 @@ def kind_of(family: str, attention: float, **rest: Any) -> Kind:
 
 
 def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[Plan, list[dict[str, Any]]]:
-    """Return a plan over `rows` and one finished result for each of its trials."""
+    """Return a plan over `rows`, held to equal parameters or to nothing, and one finished result for each trial."""
+    budget = "params" if hold else ""
     shown = {"recall": RECALL, "text": TEXT}
     stacks, trials, results = [], [], []
     draw = random.Random(0)
@@ -86,12 +88,13 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
         stacks.append(
             Stack(
                 label=label,
+                budget=budget,
                 pattern="a*4",
                 family=family,
                 attention=attention,
                 kind=kind_of(family, attention),
                 ffn_width=100 + i,
-                specs={"recall": {"row": i}, "text": {"row": i}},
+                specs={name: {"layers": "a", "mixers": {"a": {"row": i}}} for name in shown},
                 parameters={"recall": 149_000 + 300 * i, "text": 159_000 + 300 * i},
                 train_flops={"recall": 900_000, "text": 960_000},
                 decode_flops={"recall": 300_000, "text": 320_000},
@@ -112,6 +115,7 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
                     train={"steps": 150, "seed": seed},
                     parameters=stack.parameters[task],
                     code="",
+                    budget=budget,
                 )
                 final = row[column] + draw.uniform(-noise, noise)
                 history = make_history(min(final, 1.0) if task == "recall" else final, shown[task], draw)
@@ -138,10 +142,11 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
     }
     plan = Plan(
         study=study,
-        target=150_000 if hold else None,
+        budgets=(budget,),
+        targets={budget: 150_000} if hold else {},
         lengths={"recall": 96, "text": 256},
         stacks=tuple(stacks),
-        excluded=tuple(excluded),
+        excluded=tuple((budget, *one) for one in excluded),
         shown=shown,
         trials=tuple(trials),
     )

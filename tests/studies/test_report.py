@@ -15,8 +15,9 @@ import pytest
 from hybridzoo.studies import gather, read_findings, write_report
 from hybridzoo.studies import report as report_module
 from hybridzoo.studies.findings import families
+from hybridzoo.studies.limits import limits
 from hybridzoo.studies.results import write_json, write_result
-from hybridzoo.studies.sentences import headline, limits, training_notes
+from hybridzoo.studies.sentences import headline, training_notes
 from hybridzoo.studies.stats import summarise
 from hybridzoo.studies.tables import all_tables
 
@@ -29,6 +30,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.loads, self.images, self.texts, self.links, self.tags = [], [], [], [], [], set()
+        self.ids, self.order, self.figures = set(), [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -36,6 +38,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         words = dict(attributes)
+        self.ids.add(words.get("id"))
+        self.order.append((tag, len(self.order)))
+        if tag == "figure":
+            self.figures.append([len(self.order), None])
         if tag not in VOID:
             self.open.append(tag)
         for name in ("src", "srcset", "data", "poster", "background"):
@@ -49,10 +55,17 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        if tag == "figure":
+            self.figures[-1][1] = len(self.order)
 
     def handle_data(self, data):
         if self.open[-1:] != ["style"]:
             self.texts.append(data)
+
+    @property
+    def saved_and_jumps(self):
+        saved = [link for link in self.links if "download" in link]
+        return saved, [link for link in self.links if "download" not in link]
 
     @property
     def text(self):
@@ -99,7 +112,13 @@ def test_a_page_holds_all_it_shows_and_loads_nothing(written, make_results):
         assert content.startswith(b"\x89PNG")
         assert image["alt"]
     assert all(source.startswith("data:") for source in page.loads)
-    assert all(link["href"].startswith("data:text/csv") for link in page.links)
+    saved, jumps = page.saved_and_jumps
+    assert all(link["href"].startswith("data:text/csv") for link in saved)
+    assert {link["href"] for link in jumps} <= {f"#{link['download']}" for link in saved}
+    assert {link["href"] for link in jumps} <= {f"#{name}" for name in page.ids}
+    assert len(page.figures) == len(page.images)
+    for start, end in page.figures:  # every picture leads to the numbers behind it
+        assert "a" in {tag for tag, _ in page.order[start:end]}
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
     text = (written.folder / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in text
@@ -111,10 +130,17 @@ def test_pictures_and_tables_lie_beside_the_page_and_are_the_same(written, make_
     files = {path.stem: path.read_bytes() for path in (written.folder / "figures").glob("*.png")}
     assert set(files) == {"ratio", "levels-recall", "frontier", "learning-recall", "learning-text", "parameters"}
     assert {base64.b64decode(image["src"].partition(",")[2]) for image in page.images} == set(files.values())
-    for link in page.links:
+    drawings = {path.stem: path.read_text() for path in (written.folder / "figures").glob("*.svg")}
+    assert set(drawings) == set(files)
+    for drawing in drawings.values():
+        assert "</svg>" in drawing
+        assert "<image" not in drawing  # lines and letters, not a picture of them
+    saved, _ = page.saved_and_jumps
+    for link in saved:
         inside = base64.b64decode(link["href"].partition(",")[2])
         assert inside == (written.folder / "tables" / link["download"]).read_bytes()
-    assert {link["download"] for link in page.links} == {"stacks.csv", "trials.csv", "levels.csv", "learning.csv"}
+    named = {"stacks", "trials", "levels", "learning", "comparisons", "optima"}
+    assert {link["download"] for link in saved} == {f"{stem}.csv" for stem in named}
 
 
 def test_the_tables_hold_exactly_what_the_results_hold(written, make_results):
@@ -162,7 +188,7 @@ def test_names_from_a_study_are_shown_and_never_run(written, make_results):
     nasty = '<script>alert("x")</script><img src=http://evil/x>'
     rows_ = [(nasty, "carve", 0.0, 0.5, 2.4), ("attention", "attention", 1.0, 0.9, 2.5)]
     plan, results = make_results(rows=rows_)
-    plan = replace(plan, study={**plan.study, "name": nasty, "about": nasty}, excluded=((nasty, nasty),))
+    plan = replace(plan, study={**plan.study, "name": nasty, "about": nasty}, excluded=(("params", nasty, nasty),))
     results[1] = failed(results[1], nasty)
     page = written(plan, results, draw=True)
     assert not page.tags & {"script"}
@@ -239,7 +265,7 @@ def test_a_later_report_replaces_the_pictures_of_an_earlier_one(written, make_re
     for path in (written.folder / "trials").iterdir():
         path.unlink()
     written(plan, [], draw=True)
-    assert [path.stem for path in (written.folder / "figures").iterdir()] == ["parameters"]
+    assert {path.name for path in (written.folder / "figures").iterdir()} == {"parameters.png", "parameters.svg"}
 
 
 def test_a_stack_left_out_is_listed_with_the_reason(written, make_results):
@@ -290,7 +316,7 @@ def test_the_best_ratio_comes_with_those_that_seeds_do_not_separate(make_results
     words = said(*make_results(rows=apart))
     assert "that with 100 % attention is best on average: no seed of another reaches one of its own." in words
     words = said(*make_results(rows=apart, seeds=(0, 1, 2)))
-    assert "is best on average: the 95 % interval of its difference from every other excludes zero." in words
+    assert "is best on average: its difference from every other is significant (paired t, 5 % after Holm)." in words
 
 
 def test_stacks_near_guessing_are_named_by_their_means(make_results):
@@ -464,3 +490,27 @@ def test_findings_read_back_are_those_that_were_written(written, make_results):
     read, given = read_findings(written.folder), gather(plan, results)
     assert all_tables(read) == all_tables(given)
     assert read.plan == given.plan
+
+
+def test_a_report_says_of_which_stacks_it_shows_no_content_gate(make_results):
+    plan, results = make_results()
+    words = {"layers": "c", "mixers": {"c": {"type": "carve", "erase": "content", "content_chunk": 96}}}
+    carve = plan.stacks[-1]
+    stacks = (*plan.stacks[:-1], replace(carve, specs={"recall": words, "text": words}))
+    found = gather(replace(plan, stacks=stacks, longest={"recall": 96, "text": 97}), results)
+    (said,) = [sentence for sentence in limits(found) if "content" in sentence]
+    assert said.startswith(
+        "What a content gate does is not shown on recall, whose sequences of training have at most 96"
+    )
+    assert said.endswith(f": {carve.label}.")
+
+
+def test_a_report_names_the_study_as_given_and_what_was_laid_over_its_file(written, make_results):
+    plan, results = make_results()
+    text = written(plan, results).text
+    assert "The study as given" in text
+    assert "with every default" not in text
+    assert "Laid over the study's file" not in text
+    assert "of training and scoring, summed over them" in text
+    laid = replace(plan, study={**plan.study, "overrides": ["seeds=[0]", "train.lr=<1>"]})
+    assert "Laid over the study's file: 'seeds=[0]' 'train.lr=<1>'" in " ".join(written(laid, results).text.split())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridzoo.studies import results
-from hybridzoo.studies.results import CorruptResultError, content_key, read_result, write_result
+from hybridzoo.studies.results import CorruptResultError, ResultFiles, content_key, read_result, write_result
 
 RESULT = {
     "key": "k" * 64,
@@ -34,6 +34,20 @@ def test_a_result_comes_back_as_it_was_written(tmp_path):
     path = tmp_path / "deep" / "r.json"
     write_result(path, RESULT)
     assert read_result(path, RESULT["key"]) == {"format": 1, **RESULT}
+
+
+def test_a_result_is_found_by_its_key_whatever_it_was_called(tmp_path):
+    short = "k" * 12
+    failed = {**RESULT, "status": "failed", "error": "no", "metrics": {}}
+    write_result(tmp_path / f"old--recall--seed0--{short}.json", RESULT)
+    write_result(tmp_path / f"new--recall--seed0--{short}.json", failed)
+    assert ResultFiles(tmp_path).read(RESULT["key"])["status"] == "finished"
+    (tmp_path / f"new--recall--seed0--{short}.json").write_text("{")
+    assert ResultFiles(tmp_path).read(RESULT["key"])["status"] == "finished"
+    with pytest.raises(FileNotFoundError):
+        ResultFiles(tmp_path).read("j" * 64)
+    with pytest.raises(CorruptResultError, match="the result of another trial"):
+        ResultFiles(tmp_path).read(short + "j" * 52)
 
 
 def test_nothing_but_the_result_is_left_in_the_folder(tmp_path):

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from hybridzoo.architectures import account, load_spec
 from hybridzoo.mixers import SpecError
+from hybridzoo.studies import (
+    Execution,
+    engines,
+    make_plan,
+    read_findings,
+    read_plan,
+    read_trials,
+    run_study,
+    study_from,
+    write_report,
+)
 from hybridzoo.studies import code as code_module
-from hybridzoo.studies import make_plan, read_findings, read_plan, read_trials, run_study, study_from, write_report
+from hybridzoo.studies import rounds as rounds_module
 from hybridzoo.studies import runner as runner_module
+from hybridzoo.studies import trial as trial_module
 from hybridzoo.studies.display import Display, LiveDisplay, PlainDisplay, format_seconds
+from hybridzoo.studies.engines import Event
 from hybridzoo.studies.results import read_result
+from hybridzoo.studies.tasks import Mqar
+from hybridzoo.studies.trial import Job, OtherCodeError, run_job
 
 SMALL = {
     "name": "small",
@@ -61,9 +80,10 @@ class Recorder(Display):
         self.notes.append(text)
 
 
-def run(data, folder, **words):
-    display = Recorder()
-    return run_study(study_from(data), folder, **{"processes": 0, "display": display, **words}), display
+def run(data, folder, *, estimate=2.0, display=None, **words):
+    display = Recorder() if display is None else display
+    execution = Execution(**{"processes": 0, **words})
+    return run_study(study_from(data), folder, execution, display=display, estimate=estimate), display
 
 
 def scores(folder):
@@ -110,15 +130,25 @@ def test_workers_and_this_process_find_the_same_scores(tmp_path, finished):
         assert metrics == pytest.approx(finished[trial])
 
 
-@pytest.mark.parametrize(("asked", "threads", "used"), [("1", None, 1), ("3", None, 3), ("3", 2, 2), ("", None, None)])
-def test_as_many_threads_as_are_asked_for(tmp_path, monkeypatch, asked, threads, used):
-    seen = []
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.setattr(
-        runner_module, "run_jobs", lambda work, jobs, processes, threads, on_event: seen.append(threads)
-    )
-    run(SMALL, tmp_path, processes=1, threads=threads)
-    assert seen == [used or runner_module._cores()]
+def test_a_run_and_its_report_say_what_results_they_leave_out(folder):
+    def left_out(**words):
+        _, display = run({**SMALL, **words}, folder)
+        return [note for note in display.notes if note.startswith("left out")], read_findings(folder).others
+
+    assert left_out() == ([], 0)
+    (said,), number = left_out(seeds=[0])
+    assert number == 2
+    assert said.endswith("settings, seeds or code: 2 results in this folder")
+    assert "2 results in the folder left out" in write_report(folder).read_text(encoding="utf-8")
+    assert left_out() == ([], 0)
+
+
+def test_pilots_are_no_results_of_other_settings(tmp_path):
+    tune = {"lr": [1e-2, 2e-2], "seeds": [0]}
+    for _ in range(2):
+        _, display = run({**SMALL, "tune": tune}, tmp_path)
+        assert read_findings(tmp_path).others == 0
+        assert not any(note.startswith("left out") for note in display.notes)
 
 
 def test_results_of_other_code_are_not_reused(folder, monkeypatch):
@@ -137,11 +167,12 @@ def test_only_what_is_new_in_a_changed_study_is_trained(folder):
 
 SCRIPT = """
 import json, sys
-from hybridzoo.studies import run_study, study_from
+from hybridzoo.studies import Execution, run_study, study_from
 from hybridzoo.studies.display import PlainDisplay
 if __name__ == "__main__":
     data = json.loads(sys.argv[2])
-    run_study(study_from(data), sys.argv[1], processes=int(sys.argv[3]), threads=1, display=PlainDisplay(sys.stdout))
+    execution = Execution(processes=int(sys.argv[3]), threads=1)
+    run_study(study_from(data), sys.argv[1], execution, display=PlainDisplay(sys.stdout))
 """
 
 
@@ -176,6 +207,79 @@ def test_a_study_killed_in_the_middle_goes_on_where_it_stopped(tmp_path, process
         assert (folder / "trials" / name).read_bytes() == content
     assert not list((folder / "trials").glob(".*.tmp"))
     assert len(scores(folder)) == 12
+
+
+@pytest.mark.slow
+def test_workers_killed_in_the_middle_of_trials_lose_none_and_double_none(tmp_path, finished):
+    draw = random.Random(2)
+
+    class Killer(Recorder):
+        """Kills a worker, whichever, three times while trials are at work."""
+
+        kills, losses, ended_keys = 0, 0, []
+
+        def progress(self, trial, progress):
+            if self.kills < 3 and draw.random() < 0.3:
+                victim = draw.choice(multiprocessing.active_children())
+                self.kills += 1
+                os.kill(victim.pid, signal.SIGKILL)
+
+        def lost(self, trial, why):
+            assert "SIGKILL" in why  # while at work, or as it started
+            self.losses += 1
+
+        def ended(self, trial, result):
+            super().ended(trial, result)
+            self.ended_keys.append(trial.key)
+
+    display = Killer()
+    data = {**SMALL, "seeds": [0, 1, 2]}
+    done, _ = run(data, tmp_path, processes=2, threads=1, display=display, estimate=0)
+    assert display.losses > 0
+    assert (done.finished, done.reused, done.failed) == (6, 0, ())
+    assert sorted(display.ended_keys) == sorted(trial.key for trial in read_plan(tmp_path).trials)
+    files = sorted(path.name for path in (tmp_path / "trials").iterdir())
+    assert files == sorted(trial.file_name for trial in read_plan(tmp_path).trials)
+    for trial, metrics in scores(tmp_path).items():
+        assert metrics == pytest.approx(finished.get(trial, metrics))
+
+
+def test_a_trial_whose_worker_dies_each_time_is_recorded_with_the_reason(tmp_path, monkeypatch):
+    class Deadly:
+        """Runs jobs as workers do that die of one of them."""
+
+        name, width = "deadly", 1
+
+        def run(self, work, jobs, on_event, retries=engines.RETRIES):
+            attempts = engines.base.Attempts(retries)
+            for index, job in enumerate(jobs):
+                on_event(Event("started", index))
+                if job.trial.stack == "delta":
+                    while (event := attempts.died(index, "the worker process ended with SIGKILL")).kind == "lost":
+                        on_event(event)
+                        on_event(Event("started", index))
+                    on_event(event)
+                else:
+                    on_event(Event("done", index, work(job, lambda value: None)))
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(runner_module, "make_engine", lambda *_, **__: Deadly())
+    done, _ = run(SMALL, tmp_path, estimate=0)
+    assert done.finished == 2
+    assert {error for _, error in done.failed} == {"the worker process ended with SIGKILL, 3 times in a row"}
+    results, _ = read_trials(tmp_path, read_plan(tmp_path))
+    assert [one["error"] for one in results if one["status"] == "failed"] == [error for _, error in done.failed]
+
+
+def test_a_worker_of_other_code_or_data_refuses_its_trial():
+    trial = make_plan(study_from(SMALL)).trials[0]
+    with pytest.raises(OtherCodeError, match="the code of hybridzoo is not the same here"):
+        run_job(Job(trial, zoo="of another version"), print)
+    other = replace(trial, fingerprint={**trial.fingerprint, "data_seed": 1, "text": "another"})
+    with pytest.raises(OtherCodeError, match=r"tasks\.recall: its data are not the same .*\(data_seed, text\)"):
+        run_job(Job(other), print)
 
 
 def _running(group):
@@ -221,6 +325,52 @@ def test_a_failing_trial_is_recorded_with_its_error_and_the_rest_run(tmp_path):
     assert "Traceback" in failed[0]["traceback"]
 
 
+@pytest.mark.parametrize(
+    ("scored", "said"),
+    [
+        ({"accuracy": float("nan")}, "DivergedError: step 2 of 4: the score 'accuracy' is nan, not a finite number"),
+        ({"accuracy": 0.5, "bits": float("inf")}, "DivergedError: step 2 of 4: the score 'bits' is inf"),
+        ({"bits": 1.0}, "NoScoreError: step 4 of 4: the task is shown by the score 'accuracy', but gives: bits"),
+        ({}, "but gives: none"),
+    ],
+    ids=["nan", "infinite", "another", "none"],
+)
+def test_a_score_that_cannot_be_kept_fails_its_trial_and_says_which_at_which_step(tmp_path, monkeypatch, scored, said):
+    evaluate = Mqar.evaluate
+
+    def of_the_deep(task, model, device, quick=False):
+        deep = len([name for name, _ in model.named_parameters()]) > 20
+        return dict(scored) if deep else evaluate(task, model, device, quick)
+
+    monkeypatch.setattr(Mqar, "evaluate", of_the_deep)
+    data = {**SMALL, "stacks": {"bad": {"layers": "a*4"}, "fine": {"layers": "a"}}, "seeds": [0]}
+    done, _ = run(data, tmp_path, display=PlainDisplay(io.StringIO()))
+    assert (done.finished, len(done.failed)) == (1, 1)
+    assert said in done.failed[0][1]
+    assert len(read_findings(tmp_path).failed) == 1
+
+
+def test_a_result_that_cannot_be_written_fails_its_trial_alone(tmp_path, monkeypatch):
+    made = rounds_module.run_job
+
+    def broken(job, send):
+        result = made(job, send)
+        return {**result, "environment": {"cores": float("nan")}} if job.trial.stack == "delta" else result
+
+    monkeypatch.setattr(rounds_module, "run_job", broken)
+    done, display = run(SMALL, tmp_path)
+    assert (done.finished, len(done.failed), len(display.ran)) == (2, 2, 4)
+    assert all("ValueError: Out of range float values are not JSON compliant" in error for _, error in done.failed)
+
+
+def test_gates_that_are_no_numbers_cost_no_trial_its_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module, "gate_statistics", lambda *_: [{"mean": float("nan")}])
+    done, _ = run(SMALL, tmp_path)
+    assert done.finished == 4
+    results, _ = read_trials(tmp_path, read_plan(tmp_path))
+    assert all(one["gates"] == [] and one["gates_error"].startswith("ValueError") for one in results)
+
+
 def test_failed_trials_are_tried_again_unless_told_otherwise(tmp_path):
     run(DIVERGING, tmp_path)
     left, display = run(DIVERGING, tmp_path, retry_failed=False)
@@ -248,7 +398,7 @@ def test_a_damaged_result_is_named_kept_aside_and_run_again(folder, finished, da
     findings = read_findings(folder)
     assert len(findings.faults) == 1
     assert victim.name in findings.faults[0]
-    assert findings.cells["recall"]["delta"].seeds == (0,)
+    assert findings.cells["recall"]["", "delta"].seeds == (0,)
     done, display = run(SMALL, folder)
     assert (done.finished, done.reused) == (1, 3)
     assert any(note.startswith("will be run again") and victim.name in note for note in display.notes)
@@ -286,6 +436,12 @@ def test_specs_of_stacks_that_are_gone_go_and_what_else_is_there_stays(folder):
     assert sorted(path.name for path in (folder / "specs").iterdir()) == ["attention.yaml", "mine.yaml"]
 
 
+def test_stacks_whose_labels_look_alike_in_a_file_name_keep_a_spec_each(tmp_path):
+    run({**SMALL, "stacks": {"a+b": {"layers": "a"}, "a b": {"layers": "a*2"}}, "seeds": [0]}, tmp_path)
+    specs = [load_spec(path) for path in (tmp_path / "specs").iterdir()]
+    assert sorted(len(spec.layers) for spec in specs) == [1, 2]
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(SpecError, match=r"no study\.json here"):
         write_report(tmp_path)
@@ -303,8 +459,6 @@ def _made(folder):
 
 
 def test_every_stack_is_saved_as_a_spec_that_builds_the_same_model(folder):
-    from hybridzoo.architectures import account, load_spec
-
     plan = read_plan(folder)
     for stack in plan.stacks:
         spec = load_spec(folder / "specs" / f"{stack.label}.yaml")

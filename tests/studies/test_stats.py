@@ -70,8 +70,27 @@ def test_values_without_a_mean_are_refused(values):
 def test_the_bootstrap_repeats_and_brackets_the_mean():
     values = [0.1, 0.4, 0.35, 0.2, 0.5, 0.3]
     low, high = stats.bootstrap_interval(values)
-    assert (low, high) == stats.bootstrap_interval(values)
+    assert (low, high) == stats.bootstrap_interval(values) == stats.bootstrap_interval(values[::-1])
     assert min(values) <= low < sum(values) / len(values) < high <= max(values)
+
+
+@pytest.mark.parametrize(("skewed", "least"), [(False, 0.87), (True, 0.83)])
+def test_the_bootstrap_covers_the_truth_almost_as_often_as_it_says(skewed, least):
+    draw, covered = random.Random(2), 0
+    for _ in range(200):
+        values = [draw.expovariate(1) if skewed else draw.gauss(1, 2) for _ in range(12)]
+        low, high = stats.bootstrap_interval(values, resamples=500)
+        covered += low <= 1 <= high
+    assert covered >= least * 200
+
+
+def test_many_values_are_bootstrapped_and_few_are_student_s():
+    draw = random.Random(4)
+    values = [draw.gauss(0, 1) for _ in range(stats.BOOTSTRAP_FROM)]
+    many, few = stats.summarise(values), stats.summarise(values[:-1])
+    assert (many.low, many.high) == stats.bootstrap_interval(values)
+    assert (few.low, few.high) != stats.bootstrap_interval(values[:-1])
+    assert few.mean - few.low == pytest.approx(few.high - few.mean)
 
 
 def test_pairing_by_seed_sees_a_difference_that_seeds_would_hide():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,21 @@ def test_the_recorded_quickstart_is_of_these_stacks_and_separates_them():
         (changed(tasks={}), r"mine\.yaml: tasks: a study needs at least one"),
         (changed(context=0), r"mine\.yaml: context: must be at least 1, got 0"),
         (changed(hold={"parms": 10}), r"mine\.yaml: hold.*'parms'.*did you mean 'params'\?"),
-        (changed(hold={"train_flops": 10}), r"mine\.yaml: hold.*'train_flops'"),
+        (changed(hold={"train_flops": "smallest"}), r"mine\.yaml: hold\.train_flops.*got 'smallest'"),
+        (changed(hold={"inference_bytes": -1}), r"mine\.yaml: hold\.inference_bytes: must be at least 1, got -1"),
         (changed(hold={"params": "larges"}), r"mine\.yaml: hold\.params.*larges"),
         (changed(hold={"params": 0}), r"mine\.yaml: hold\.params: must be at least 1, got 0"),
         (changed(hold={"tolerance": 2}), r"mine\.yaml: hold\.tolerance: must be a share between 0 and 1, got 2"),
         (changed(axes={"d_model": []}), r"mine\.yaml: axes\.d_model: an axis needs at least one value"),
+        (
+            changed(axes={"d_model": [8, 16, 8]}),
+            r"mine\.yaml: axes\.d_model: its values must be distinct, and 8 stands",
+        ),
+        (
+            changed(axes={"tie_embeddings": [None, None]}),
+            r"mine\.yaml: axes\.tie_embeddings: .*null stands there twice",
+        ),
+        (changed(axes={"ratio": ["1/4", 0, 0.25]}), r"mine\.yaml: axes\.ratio: .* 1/4 and 0\.25 are the same"),
         (
             changed(name="../../esc"),
             r"mine\.yaml: name: '\.\./\.\./esc' is also the folder of the results: at most 100",
@@ -143,6 +154,7 @@ def test_a_file_is_read_with_its_overrides(tmp_path):
     assert study.tasks["recall"].train.lr == 0.5
     assert study.tasks["recall"].train.steps == 2
     assert study.name == "other"
+    assert study.to_dict()["overrides"] == ("seeds=[3, 4]", "tasks.recall.train.lr=0.5", "name=other")
     with pytest.raises(SpecError, match=r"^override .seeds=3.: seeds: expected list"):
         load_study(path, ["seeds=3"])
 
@@ -188,6 +200,49 @@ def test_axes_cross_every_stack_and_label_what_they_vary():
 def test_axis_values_are_said_as_yaml_writes_them():
     study = study_from(changed(axes={"max_context": [None, 64], "tie_embeddings": [True, False]}))
     assert list(study.stacks)[:2] == [f"max_context=null, tie_embeddings={word}" for word in ("true", "false")]
+
+
+def test_axis_values_that_only_look_alike_are_distinct():
+    study = study_from(changed(axes={"tie_embeddings": [True, 1], "mixers.c.erase": ["1/4", 0.25]}))
+    assert len(study.stacks) == 4
+
+
+STAGES = [{"pairs": 1, "steps": 20}, {"pairs": 2, "steps": 40}]
+
+
+def curriculum(train, shared=None):
+    task = {"type": "mqar", "pairs": 4, "keys": 8, "values": 8, "curriculum": STAGES, "train": train}
+    return changed(tasks={"recall": task}, train=shared or {})
+
+
+def test_a_training_that_ends_within_its_curriculum_is_refused_with_ways_out():
+    said = (
+        r"^mine\.yaml: {}: the curriculum of tasks\.recall takes 60 steps and the whole training {}, so the task's own "
+        r"pairs, 4, would never be trained on: give more steps \({}=120, say\), or a shorter curriculum "
+        r"\(tasks\.recall\.curriculum=\[{}\]\)$"
+    )
+    own, shared = r"tasks\.recall\.train\.steps", r"train\.steps"
+    half = r"\{pairs: 1, steps: 10\}, \{pairs: 2, steps: 20\}"
+    with pytest.raises(SpecError, match=said.format(own, 60, own, half)):
+        study_from(curriculum({"steps": 60}), "mine.yaml")
+    with pytest.raises(SpecError, match=said.format(shared, 59, shared, r"\{pairs: 1, steps: 9\}, .*")):
+        study_from(curriculum({}, {"steps": 59}), "mine.yaml")
+    with pytest.raises(SpecError, match=said.format(own, 1, own, "")):
+        study_from(curriculum({"steps": 1}), "mine.yaml")
+    assert study_from(curriculum({"steps": 61})).tasks["recall"].train.steps == 61
+    assert study_from(curriculum({})).tasks["recall"].train.steps == 1000
+
+
+def test_a_shipped_study_that_is_cut_short_says_which_overrides_would_do():
+    short = "tasks.recall.train.steps=60"
+    with pytest.raises(SpecError, match=rf"^override '{short}': tasks\.recall\.train\.steps: ") as refused:
+        load_study("quickstart", [short])
+    more, fewer = re.findall(r"\((tasks\.recall\.[^ ]*?=\d+|tasks\.recall\.curriculum=[^)]*)", str(refused.value))
+    assert load_study("quickstart", [more]).tasks["recall"].train.steps == 240
+    assert (
+        sum(stage["steps"] for stage in load_study("quickstart", [short, fewer]).tasks["recall"].task["curriculum"])
+        == 30
+    )
 
 
 def test_a_name_may_be_any_that_a_folder_can_have():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from hybridzoo.mixers.schema import SpecError
@@ -17,31 +16,6 @@ from hybridzoo.studies.tasks import StudyTask, build_task, list_tasks, register_
 from hybridzoo.training import IGNORED
 
 CPU = torch.device("cpu")
-
-
-class LooksBack(nn.Module):
-    """Solves MQAR without learning: answers with the token that followed the current one's first occurrence."""
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-
-    def forward(self, ids: Tensor) -> SimpleNamespace:
-        first = (ids[:, :, None] == ids[:, None, :]).int().argmax(-1)  # [B, T]
-        answer = ids.gather(1, (first + 1).clamp_max(ids.shape[1] - 1))
-        return SimpleNamespace(logits=F.one_hot(answer, self.vocab_size).float())
-
-
-class Guesses(nn.Module):
-    """Answers with a random value token."""
-
-    def __init__(self, low: int, high: int) -> None:
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, ids: Tensor) -> SimpleNamespace:
-        answer = torch.randint(self.low, self.high, ids.shape, generator=torch.Generator().manual_seed(7))
-        return SimpleNamespace(logits=F.one_hot(answer, self.high).float())
 
 
 mqar_words = st.fixed_dictionaries(
@@ -62,7 +36,7 @@ def test_every_query_of_mqar_asks_for_a_listed_key_and_is_labelled_with_its_valu
     task = build_task({"type": "mqar", **words})
     pairs = words["pairs"]
     ids, labels = task.sample(pairs, 5, torch.Generator().manual_seed(seed))
-    assert ids.shape == labels.shape == (5, task.config.length_of(pairs))
+    assert ids.shape == labels.shape == (5, task.length_of(pairs))
     assert ids.min() >= 0
     assert ids.max() < task.vocab_size
     for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
@@ -73,24 +47,6 @@ def test_every_query_of_mqar_asks_for_a_listed_key_and_is_labelled_with_its_valu
         assert all(t > 2 * pairs for t, label in enumerate(wanted) if label != IGNORED)
         assert len(set(asked)) == len(asked) == min(pairs, len(row) - 2 * pairs - 1)
         assert [listed[key] for key in asked] == [label for label in wanted if label != IGNORED]
-
-
-@pytest.mark.parametrize("words", [{}, {"pairs": 5, "length": 40}, {"pairs": 16, "keys": 16, "levels": [2, 8]}])
-def test_a_perfect_solver_of_mqar_scores_one_at_every_level(words):
-    task = build_task({"type": "mqar", **words})
-    scores = task.evaluate(LooksBack(task.vocab_size), CPU)
-    assert set(scores.values()) == {1.0}
-    assert len(scores) == 1 + len(words.get("levels", []))
-
-
-@pytest.mark.parametrize("values", [2, 32])
-def test_guessing_at_mqar_scores_chance(values):
-    task = build_task({"type": "mqar", "values": values, "examples": 512})
-    scores = task.evaluate(Guesses(1 + task.config.keys, task.vocab_size), CPU)
-    trials = 512 * 31
-    chance = task.shown.chance
-    assert chance == 1 / values
-    assert abs(scores["accuracy"] - chance) < 5 * math.sqrt(chance * (1 - chance) / trials)
 
 
 def test_knowing_the_other_pairs_does_not_help_with_the_one_asked_for():
@@ -113,32 +69,11 @@ def test_the_power_law_brings_queries_nearer_to_the_pairs():
 def test_the_curriculum_takes_its_stages_in_turn_at_an_equal_number_of_tokens_a_step():
     stages = [{"pairs": 4, "steps": 3}, {"pairs": 16, "steps": 2}]
     task = build_task({"type": "mqar", "curriculum": stages})
-    assert [task.pairs_at(step) for step in range(7)] == [4, 4, 4, 16, 16, 32, 32]
+    assert [task.level_at(step) for step in range(7)] == [4, 4, 4, 16, 16, 32, 32]
     generator = torch.Generator().manual_seed(0)
     shapes = [tuple(task.batch(step, 16, generator).ids.shape) for step in (0, 3, 5)]
     assert shapes == [(128, 12), (32, 48), (16, 96)]
     assert task.shown.stages == (3, 5)
-
-
-@pytest.mark.parametrize("entry", [{"type": "mqar"}, {"type": "bytes", "length": 64}])
-def test_batches_repeat_from_a_seed_and_differ_between_seeds(entry):
-    task = build_task(entry)
-    draws = [task.batch(9, 4, torch.Generator().manual_seed(seed)).ids for seed in (3, 3, 4)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-
-
-def test_evaluation_asks_the_same_questions_every_time():
-    class Records(LooksBack):
-        def forward(self, ids):
-            seen.append(ids)
-            return super().forward(ids)
-
-    task = build_task({"type": "mqar", "pairs": 4, "examples": 8})
-    seen: list[Tensor] = []
-    for _ in range(2):
-        task.evaluate(Records(task.vocab_size), CPU)
-    assert torch.equal(seen[0], seen[1])
 
 
 class Uniform(nn.Module):
@@ -157,6 +92,49 @@ def test_bits_a_byte_are_eight_for_a_uniform_guess_and_none_for_one_who_knows():
     task = build_task({"type": "bytes", "length": 64, "examples": 16})
     assert task.evaluate(Uniform(), CPU)["bits_per_byte"] == pytest.approx(8.0, abs=1e-5)
     assert task.evaluate(Knows(), CPU)["bits_per_byte"] == pytest.approx(0.0, abs=1e-5)
+
+
+class LearnsLate(nn.Module):
+    """Guesses a byte that fewer than 8 stand before, and knows the rest."""
+
+    def forward(self, ids):
+        logits = Knows()(ids).logits
+        logits[:, :7] = 0
+        return SimpleNamespace(logits=logits)
+
+
+def test_bits_a_byte_are_also_told_by_how_many_bytes_stand_before():
+    task = build_task({"type": "bytes", "length": 40, "examples": 5})
+    scores = task.evaluate(LearnsLate(), CPU)
+    levels = task.shown.levels
+    assert [level for level, _ in levels] == [1, 2, 4, 8, 16, 32]
+    assert [scores[metric] for _, metric in levels] == pytest.approx([8, 8, 8, 0, 0, 0], abs=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(8 * 7 / 39, abs=1e-5)
+    assert set(task.evaluate(LearnsLate(), CPU, quick=True)) == {"bits_per_byte"}
+
+
+def test_the_buckets_of_positions_hold_every_byte_once():
+    for length in (2, 3, 8, 9, 33):
+        task = build_task({"type": "bytes", "length": length, "examples": 3})
+        torch.manual_seed(0)
+        table = torch.randn(256, 256)
+        scores = task.evaluate(nn.Sequential(nn.Embedding.from_pretrained(table), Named()), CPU)
+        sizes = {n: min(2 * n, length) - n for n, _ in task.shown.levels}
+        assert sum(sizes.values()) == length - 1
+        total = sum(size * scores[f"bits_per_byte@{n}"] for n, size in sizes.items())
+        assert total / (length - 1) == pytest.approx(scores["bits_per_byte"])
+
+
+class Named(nn.Module):
+    def forward(self, logits):
+        return SimpleNamespace(logits=logits)
+
+
+def test_byte_batches_repeat_from_a_seed_and_differ_between_seeds():
+    task = build_task({"type": "bytes", "length": 64})
+    draws = [task.batch(9, 4, torch.Generator().manual_seed(seed)).ids for seed in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 def test_byte_windows_come_from_the_part_they_should(tmp_path):
@@ -194,7 +172,10 @@ def test_a_task_on_other_text_has_another_fingerprint(tmp_path):
         ({"type": "mqar", "pairs": 65}, "tasks.t.pairs: 65 pairs need as many distinct keys, and keys is 64"),
         ({"type": "mqar", "levels": [128]}, "tasks.t.levels: 128 pairs need"),
         ({"type": "mqar", "length": 64}, "tasks.t.length: 32 pairs and one query take 66 positions, got 64"),
-        ({"type": "mqar", "curriculum": [{"pairs": 40, "steps": 3}]}, "tasks.t.curriculum: a stage of 40 pairs"),
+        (
+            {"type": "mqar", "curriculum": [{"pairs": 40, "steps": 3}]},
+            "tasks.t.curriculum: a stage of pairs 40 is harder",
+        ),
         ({"type": "mqar", "curriculum": [{"pairs": 4}]}, r"tasks.t.curriculum\[0\]: missing 'steps'"),
         ({"type": "bytes", "length": 1}, "tasks.t.length: a window needs at least 2 bytes"),
         ({"type": "bytes", "length": "long"}, "tasks.t.length: expected integer, got 'long'"),
