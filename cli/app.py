@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hybridzoo import __version__
-from hybridzoo.cli import listing, sample, show, study, train
+from hybridzoo.cli import listing, sample, show, study, theory, train
 
 app = typer.Typer(
     name="hybridzoo",
@@ -42,6 +42,7 @@ def main(
 
 app.command("list", epilog=listing.EPILOG)(listing.list_command)
 app.command("show", epilog=show.EPILOG)(show.show_command)
+study.app.command("theory", epilog=theory.EPILOG)(theory.theory_command)
 app.add_typer(study.app, name="study")
 app.command("train", epilog=train.EPILOG)(train.train_command)
 app.command("generate", epilog=sample.EPILOG)(sample.generate_command)

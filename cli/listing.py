@@ -6,18 +6,21 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from hybridzoo.cli import names
 from hybridzoo.cli.output import command, fail, new_table, print_json, stdout, working
 
 if TYPE_CHECKING:
     from hybridzoo.mixers.registry import Entry, Word
+    from hybridzoo.studies import Study
 
 EPILOG = """[bold]Examples[/]
 
 hybridzoo list                  every mixer and the gates it has
 hybridzoo list carve            one mixer: every word, what it may be, its default
 hybridzoo list --specs          shipped stacks
+hybridzoo list --backends       what computes attention and the recurrence on this machine
 hybridzoo list --json           the registry as data"""
 
 
@@ -35,13 +38,18 @@ def list_command(
     ] = None,
     specs: Annotated[bool, typer.Option("--specs", help="List the shipped specs instead.")] = False,
     studies: Annotated[bool, typer.Option("--studies", help="List the shipped studies instead.")] = False,
+    backends: Annotated[
+        bool, typer.Option("--backends", help="List what computes them on this machine, and what cannot and why.")
+    ] = False,
     imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:
-    """List token mixers with their gate flags, allowed values, defaults and source; or specs, or studies."""
-    if (mixer is not None) + specs + studies > 1:
-        raise fail("give one of: a mixer's name, --specs, --studies")
-    if specs:
+    """List token mixers with their gate flags, allowed values, defaults and source; or specs, studies or backends."""
+    if (mixer is not None) + specs + studies + backends > 1:
+        raise fail("give one of: a mixer's name, --specs, --studies, --backends")
+    if backends:
+        _list_backends(as_json)
+    elif specs:
         _list_specs(as_json)
     elif studies:
         list_studies(as_json)
@@ -55,7 +63,7 @@ def _list_mixers(imports: list[str] | None, as_json: bool) -> None:
     with working("reading the registry"):
         names.import_own(imports)
         from hybridzoo.mixers import list_mixers
-        from hybridzoo.mixers.registry import GATE_FLAGS
+        from hybridzoo.mixers.registry import GATE_FLAGS, said
     entries = list_mixers()
     if as_json:
         print_json([_entry(entry) for entry in entries])
@@ -74,11 +82,13 @@ def _list_mixers(imports: list[str] | None, as_json: bool) -> None:
         )
     console = stdout()
     console.print(table)
+    for difference in filter(None, map(_differs, entries)):
+        console.print(f"Beyond the gates: {difference}")
     console.print("Each flag may be changed: [bold]carve\\[erase=token,predict=decayed][/]. Its values:")
     for flag in GATE_FLAGS:
         # The recurrence's own list; a mixer that fixes its gates, such as Mamba-2, allows a part of it.
         choices = max((entry.flags[flag].choices for entry in entries if flag in entry.flags), key=len)
-        console.print(f"  [bold]{flag:<8}[/] {', '.join(_said(choice) for choice in choices)}")
+        console.print(f"  [bold]{flag:<8}[/] {', '.join(said(choice) for choice in choices)}")
     if not all(entry.stable for entry in entries):
         console.print("* unstable: left out of sweeps over the registry")
     console.print("[dim]hybridzoo list NAME shows every word of one mixer.[/]")
@@ -87,7 +97,7 @@ def _list_mixers(imports: list[str] | None, as_json: bool) -> None:
 def _list_words(name: str, imports: list[str] | None, as_json: bool) -> None:
     with working("reading the registry"):
         names.import_own(imports)
-        from hybridzoo.mixers.registry import get_entry
+        from hybridzoo.mixers.registry import get_entry, said
     entry = get_entry(name, "hybridzoo list")
     if as_json:
         print_json(_entry(entry))
@@ -96,11 +106,14 @@ def _list_words(name: str, imports: list[str] | None, as_json: bool) -> None:
     table.add_column("word", style="bold", no_wrap=True)
     table.add_column("default")
     table.add_column("may be")
+    table.add_column("meaning")
     for key, word in entry.words.items():
-        default = "[dim]required[/]" if word.required else _said(word.default)
-        table.add_row(key, default, word.type.removeprefix("one of "))
+        default = "[dim]required[/]" if word.required else said(word.default)
+        table.add_row(key, default, word.type.removeprefix("one of "), escape(word.meaning))
     console = stdout()
     console.print(f"[bold]{entry.name}[/]: {entry.summary} [dim]({entry.source})[/]")
+    if difference := _differs(entry):
+        console.print(difference)
     console.print(table)
 
 
@@ -112,28 +125,83 @@ def _list_specs(as_json: bool) -> None:
     with working("counting"):
         for name in list_specs():
             spec = load_spec(name)
-            rows.append((name, len(spec.layers), account(spec).parameters))
+            rows.append((name, spec.pattern, len(spec.layers), account(spec).parameters))
     if as_json:
-        print_json([{"name": name, "layers": layers, "parameters": size} for name, layers, size in rows])
+        print_json([dict(zip(("name", "pattern", "layers", "parameters"), row, strict=True)) for row in rows])
         return
     table = new_table()
     table.add_column("spec", style="bold", no_wrap=True)
+    table.add_column("pattern")
     table.add_column("layers", justify="right")
     table.add_column("parameters", justify="right")
-    for name, layers, size in rows:
-        table.add_row(name, str(layers), count(size))
+    for name, pattern, layers, size in rows:
+        table.add_row(name, escape(pattern), str(layers), count(size))
     stdout().print(table)
     stdout().print("[dim]hybridzoo show NAME prints one, layer by layer.[/]")
 
 
-def list_studies(as_json: bool) -> None:
-    """Print the names of the shipped studies."""
-    found = names.shipped("studies")
+def _list_backends(as_json: bool) -> None:
+    with working("looking for backends"):
+        from hybridzoo.mixers import softmax
+    rows, auto = softmax.found(), softmax.chosen()
+    recurrence = _recurrence()
     if as_json:
-        print_json(found)
+        print_json({"attention": [row._asdict() for row in rows], "auto": auto, "recurrence": recurrence})
         return
-    for name in found:
-        stdout().print(name)
+    table = new_table()
+    table.add_column("attention", style="bold", no_wrap=True)
+    table.add_column("package", no_wrap=True)
+    table.add_column("here")
+    for row in rows:
+        here = row.summary
+        if row.inference is not None:
+            here = f"[red]refused:[/] {escape(row.inference)}"
+        elif row.training is not None:
+            here = f"[yellow]inference only:[/] {escape(row.training)}"
+        packages = (f"{name} {version or 'not installed'}" for name, version in row.versions.items())
+        table.add_row(row.name, "\n".join(packages), here)
+    console = stdout()
+    console.print(table)
+    console.print("auto takes " + ", ".join(f"[bold]{name}[/] for {case}" for case, name in auto.items()))
+    for name, refusal in recurrence.items():
+        said = "yes" if refusal is None else f"[red]refused:[/] {escape(refusal)}"
+        console.print(f"recurrent mixers by [bold]{name}[/]: {said}")
+
+
+def _recurrence() -> dict[str, str | None]:
+    """The backends of the recurrence, and why each cannot run here, if so."""
+    import torch
+
+    from hybridzoo.kernels.fused.support import device_refusal
+    from hybridzoo.kernels.gated_delta_rule import BACKENDS
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: device_refusal(kind, None) if name == "triton" else None for name in BACKENDS if name != "auto"}
+
+
+def list_studies(as_json: bool) -> None:
+    """Print the shipped studies: what each is about, and what it trains, budgets and pilots not counted."""
+    with working("reading the shipped studies"):
+        from hybridzoo.studies import list_studies, load_study
+
+        found = [load_study(name) for name in list_studies()]
+    if as_json:
+        print_json([{"name": study.name, "about": study.about, **_parts(study)} for study in found])
+        return
+    table = new_table()
+    table.add_column("study", style="bold", no_wrap=True)
+    table.add_column("about")
+    for part in _parts(found[0]):
+        table.add_column(part, justify="right", no_wrap=True)
+    for study in found:
+        table.add_row(study.name, escape(study.about), *(str(len(part)) for part in _parts(study).values()))
+    stdout().print(table)
+    stdout().print("[dim]hybridzoo study run NAME --dry-run lists the trials of one, with sizes and times.[/]")
+
+
+def _parts(study: Study) -> dict[str, list[Any]]:
+    """What is trained: each stack on each task from each seed."""
+    return {"stacks": list(study.stacks), "tasks": list(study.tasks), "seeds": list(study.seeds)}
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
@@ -153,13 +221,16 @@ def _word(word: Word) -> dict[str, Any]:
         "choices": list(word.choices),
         "type": word.type,
         "required": word.required,
+        "meaning": word.meaning,
     }
 
 
 def _default(flags: dict[str, Word], flag: str) -> str:
+    from hybridzoo.mixers.registry import said
+
     # What is not corrected does not predict either: the flag is there, and means nothing yet.
     silent = flag not in flags or (flag == "predict" and flags["correct"].default == "none")
-    return "" if silent else _said(flags[flag].default)
+    return "" if silent else said(flags[flag].default)
 
 
 def _short(source: str) -> str:
@@ -168,5 +239,12 @@ def _short(source: str) -> str:
     return found[0] if found else source[:16]
 
 
-def _said(value: object) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _differs(entry: Entry) -> str:
+    """Tell a mixer from the one it extends, whose gates may be the same; nothing where it extends none."""
+    from hybridzoo.mixers.registry import said
+
+    if entry.differs is None:
+        return ""
+    parent, words = entry.differs
+    changes = ", ".join(f"{name}={said(value)}" for name, value in words.items())
+    return f"[bold]{entry.name}[/] is {parent} with {changes or 'code of its own'}"

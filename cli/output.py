@@ -31,8 +31,6 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 TRACEBACK = "HYBRIDZOO_TRACEBACK"
-# Libraries that an extra brings, so that the error can name the extra.
-EXTRAS = {"matplotlib": "study", "safetensors": "train", "tensorboard": "train", "transformers": "hf", "ray": "ray"}
 
 
 def stdout() -> Console:
@@ -109,6 +107,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """Return the message and the exit code for an exception."""
+    from hybridzoo.mixers.extras import EXTRAS, how_to_install
     from hybridzoo.mixers.schema import SpecError  # by now something heavy has run, or the input was bad anyway
     from hybridzoo.training import DivergedError
 
@@ -119,7 +118,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
         if package in EXTRAS:
-            return f"this needs {package}: pip install 'hybridzoo[{EXTRAS[package]}]'", BAD_INPUT
+            return f"this needs {package}: {how_to_install(package)}", BAD_INPUT
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", BAD_INPUT
     said = str(error) or "no message"

@@ -64,7 +64,15 @@ def generate_command(
         typer.Option(help="Draw from the likeliest bytes that hold this probability: above 0, at most 1."),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest bytes.", min=1)] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from bytes at least this share as probable as the likeliest: above 0, at most 1."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Make the draw repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End with this text, which is printed too. May be given more than once.", show_default=False),
+    ] = None,
     imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt and continuation as data, at the end.")] = False,
 ) -> None:
@@ -75,6 +83,7 @@ def generate_command(
     with working("loading the model"):
         import torch
 
+        from hybridzoo.architectures import Ending, Sampling, stream
         from hybridzoo.mixers.schema import SpecError
 
         names.import_own(imports)
@@ -82,9 +91,6 @@ def generate_command(
     ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()[None]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pieces: list[str] = []
-
-    def show(tokens: torch.Tensor) -> None:
-        say(decoder.decode(bytes(tokens.tolist())))
 
     def say(piece: str) -> None:
         if not as_json:
@@ -94,25 +100,28 @@ def generate_command(
 
     started = time.perf_counter()
     model.eval()
+    added = 0
     try:
-        model.generate(
-            ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, on_tokens=show
-        )
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        ending = Ending(stop=tuple(stop or ()), decode=lambda new: bytes(new).decode(errors="replace"))
+        for step in stream(model, ids, max_new_tokens, sampling=sampling, ending=ending):
+            say(decoder.decode(bytes(step.tokens.tolist())))
+            added += 1
     except ValueError as error:  # options that do not go together, or more tokens than the model takes
         raise SpecError(str(error)) from error
     seconds = time.perf_counter() - started
     say(decoder.decode(b"", final=True))
     if as_json:
-        print_json({"prompt": text, "continuation": "".join(pieces), "tokens": max_new_tokens, "seconds": seconds})
+        print_json({"prompt": text, "continuation": "".join(pieces), "tokens": added, "seconds": seconds})
         return
     typer.echo()
-    note(f"{max_new_tokens} bytes in {seconds:.1f} s")
+    note(f"{added} bytes in {seconds:.1f} s")
 
 
 def _load(source: str, overrides: list[str]) -> HybridLM:
-    from hybridzoo.architectures import build_model, load_spec
+    from hybridzoo.architectures import build_model, list_specs, load_spec
     from hybridzoo.cli.runs import SPEC, WEIGHTS, is_run, load_run
-    from hybridzoo.mixers.schema import SpecError
+    from hybridzoo.mixers.schema import SpecError, nearest
 
     folder = Path(source)
     if is_run(folder):
@@ -123,9 +132,19 @@ def _load(source: str, overrides: list[str]) -> HybridLM:
         raise SpecError(f"{folder}: no trained model here (it would hold {WEIGHTS} and {SPEC})")
     elif os.sep in source and folder.suffix not in (".yaml", ".yml") and not folder.exists():
         raise SpecError(f"{source}: no such folder, and no such spec (the path of one ends in .yaml)")
+    elif folder.suffix not in (".yaml", ".yml") and not _known(source):
+        near = nearest(source, [*list_specs(), *names.complete_run("")])
+        raise SpecError(
+            f"{source}: neither a run's folder nor a spec has this name{near}; specs: `hybridzoo list --specs`"
+        )
     else:
         model = build_model(load_spec(source, overrides))
         note("these weights are untrained, so what follows is noise; train them first with: hybridzoo train")
     if model.spec.vocab_size != 256:
         raise SpecError(f"{source}: vocab_size is {model.spec.vocab_size}; only byte-level models (256) speak text")
     return model
+
+
+def _known(name: str) -> bool:
+    """Whether something has this name, be it no spec: `load_spec` then says what it is."""
+    return name in names.shipped("architectures") + names.shipped("studies") or Path(f"{name}.yaml").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +67,9 @@ def train_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the result. Default: runs/SPEC-TASK.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write curves into that folder as it trains, for TensorBoard.")
+    ] = False,
     imports: names.Imports = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in that folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as data.")] = False,
@@ -75,6 +78,10 @@ def train_command(
     from hybridzoo.cli.runs import RECORD, is_run, require_safetensors, save_run
 
     require_safetensors()
+    if tensorboard:
+        from hybridzoo.training.curves import require_tensorboard
+
+        require_tensorboard()
     with working("loading torch and the spec"):
         import torch
 
@@ -94,7 +101,8 @@ def train_command(
         task_words = {"type": task, **sorted_words["task"]}
         built = build_task(task_words, "task")
         resolved = _spec(spec, sorted_words["spec"], built)
-        if said := too_long(trained_length(built, config), resolved.max_context):
+        length = trained_length(built, config)
+        if said := too_long(max(built.longest, length), resolved.max_context):
             raise SpecError(f"task: {said} of {resolved.name}")
     stem = resolved.name if may_name_a_folder(resolved.name) else slug(resolved.name)
     folder = out or Path("runs") / f"{stem}-{task}"
@@ -109,8 +117,9 @@ def train_command(
         model = build_model(resolved)
     parameters = sum(p.numel() for p in model.parameters())
     note(f"{resolved.name}: {len(resolved.layers)} layers, {count(parameters)} parameters; {built.shown.about}")
+    _note_idle_gates(resolved, length)
     started = time.perf_counter()
-    history = _train(model, built, config)
+    history = _train(model, built, config, folder if tensorboard else None)
     record = {
         "spec": resolved.name,
         "task": task_words,
@@ -175,12 +184,31 @@ def _spec(name: str, overrides: list[str], task: StudyTask) -> Spec:
         if spec.vocab_size < task.vocab_size:
             raise SpecError(f"vocab_size: {spec.vocab_size} is below the task's {task.vocab_size}")
         return spec
+    if spec.vocab_size != task.vocab_size:
+        note(
+            f"vocab_size: {spec.vocab_size:,} of {spec.name} becomes {task.vocab_size:,}, the tokens of the task; "
+            f"vocab_size={spec.vocab_size} among the overrides keeps it"
+        )
     return dataclasses.replace(spec, vocab_size=task.vocab_size)
 
 
-def _train(model: HybridLM, task: StudyTask, config: TrainConfig) -> History:
-    """Train and show how it goes; an interruption says how far it came and that nothing is kept."""
+def _note_idle_gates(spec: Spec, length: int) -> None:
+    from hybridzoo.architectures import idle_content_gates
+
+    for label, chunk in idle_content_gates(spec, length).items():
+        note(
+            f"{label}: its content gate never acts here, so that it is a token gate: sequences of {length:,} tokens "
+            f"have no second content chunk of {chunk:,}; give a longer task.length, or a smaller content_chunk"
+        )
+
+
+def _train(model: HybridLM, task: StudyTask, config: TrainConfig, curves: Path | None) -> History:
+    """Train and show how it goes; an interruption says how far it came and that no weights are kept.
+
+    `curves` is the folder to write them to, if they are asked for.
+    """
     from hybridzoo.training import train
+    from hybridzoo.training.curves import Curves
 
     done = 0
 
@@ -188,9 +216,11 @@ def _train(model: HybridLM, task: StudyTask, config: TrainConfig) -> History:
         nonlocal done
         done = step.step
         show(step)
+        if write is not None:
+            write(step)
 
     try:
-        with _display(config.steps, task) as show:
+        with _display(config.steps, task) as show, Curves(curves) if curves else nullcontext() as write:
             return train(model, task, config, heard)
     except KeyboardInterrupt:
         where = f"interrupted after step {done} of {config.steps}"
@@ -237,4 +267,4 @@ def _detail(task: StudyTask, step: Step) -> str:
     from hybridzoo.training.units import count
 
     scored = f", held-out {_score(task, step.metrics)}" if task.metric in step.metrics else ""
-    return f"loss {step.loss:.3f}{scored}, {count(step.tokens_per_second)} tokens/s"
+    return f"loss {step.loss:.3f} nats{scored}, {count(step.tokens_per_second)} tokens/s"

@@ -1,10 +1,15 @@
 """Whatever goes wrong ends as one readable message on stderr and an exit code that says whose fault it was."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import typer
 
 from hybridzoo.cli.output import BAD_INPUT, FAILED, INTERRUPTED, command
 from hybridzoo.mixers import SpecError
+from hybridzoo.mixers.extras import EXTRAS, how_to_install
 
 
 def outcome(error, capsys):
@@ -24,7 +29,11 @@ def outcome(error, capsys):
     [
         (SpecError("a.yaml: d_model: [wide] is no integer"), BAD_INPUT, "error: a.yaml: d_model: [wide] is no integer"),
         (FileNotFoundError(2, "No such file or directory", "a.yaml"), BAD_INPUT, "a.yaml: No such file"),
-        (ModuleNotFoundError("no", name="matplotlib.pyplot"), BAD_INPUT, "pip install 'hybridzoo[study]'"),
+        (
+            ModuleNotFoundError("no", name="matplotlib.pyplot"),
+            BAD_INPUT,
+            "pip install -e '.[study]' in a clone of hybridzoo",
+        ),
         (ModuleNotFoundError("No module named 'x'", name="x"), FAILED, "No module named 'x'"),
         (RuntimeError("out of patience"), FAILED, "RuntimeError: out of patience"),
         (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
@@ -35,6 +44,14 @@ def test_an_exception_becomes_a_message_and_a_code(error, code, said, capsys):
     assert got == code
     assert said in err
     assert "Traceback" not in err
+
+
+def test_every_extra_that_an_error_names_brings_its_package():
+    extras = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    for package, extra in EXTRAS.items():
+        brought = [re.split(r"[>=;]", line)[0] for line in extras["optional-dependencies"][extra]]
+        assert package in brought
+        assert f"'.[{extra}]'" in how_to_install(package)
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch, capsys):

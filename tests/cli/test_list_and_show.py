@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 
 from hybridzoo.architectures import account, list_specs, load_spec
 from hybridzoo.mixers import list_mixers
-from hybridzoo.studies import list_studies
+from hybridzoo.mixers.softmax import BACKENDS
+from hybridzoo.studies import list_studies, load_study
 
 SPECS = [name for name in list_specs() if name.endswith("tiny")]
 
@@ -26,15 +28,25 @@ def test_the_registry_as_data_says_all_there_is_to_know(run):
         assert {name: word["choices"] for name, word in row["flags"].items()} == {
             name: list(word.choices) for name, word in entry.flags.items()
         }
-        assert set(row["words"]) == set(entry.words)
+        assert {name: word["meaning"] for name, word in row["words"].items()} == {
+            name: word.meaning for name, word in entry.words.items()
+        }
 
 
 @pytest.mark.parametrize("entry", list_mixers(), ids=lambda entry: entry.name)
 def test_one_mixer_is_shown_with_all_its_words(run, entry):
     out = run("list", entry.name).stdout
     assert entry.summary[:40] in out
-    for word in entry.words:
-        assert word in out
+    shown = " ".join(re.sub(r"[^\w ]", " ", out).split())
+    for name, word in entry.words.items():
+        assert name in out
+        assert word.meaning.split()[0].strip(":,") in shown
+
+
+def test_a_mixer_with_the_gates_of_another_is_told_apart_from_it(run):
+    for words in (["list"], ["list", "carve-paper"]):
+        assert "carve-paper is carve with conv_size=0, output_gate=none" in run(*words).stdout
+    assert "carve is" not in run("list", "carve").stdout
 
 
 def test_an_unknown_mixer_names_the_nearest(run):
@@ -46,12 +58,42 @@ def test_an_unknown_mixer_names_the_nearest(run):
 
 def test_specs_and_studies_are_listed(run):
     rows = json.loads(run("list", "--specs", "--json").stdout)
-    assert [row["name"] for row in rows] == list_specs()
-    assert json.loads(run("list", "--studies", "--json").stdout) == list_studies()
-    assert json.loads(run("study", "list", "--json").stdout) == list_studies()
+    assert [(row["name"], row["pattern"]) for row in rows] == [(name, load_spec(name).pattern) for name in list_specs()]
+    out = run("list", "--specs").stdout
+    assert all(row["pattern"] in out for row in rows)
+
+
+def test_studies_are_listed_with_what_they_are_about_and_what_they_train(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = json.loads(run("list", "--studies", "--json").stdout)
+    assert rows == json.loads(run("study", "list", "--json").stdout)
+    assert [row["name"] for row in rows] == list_studies()
+    lines = {line.split()[0]: line for line in run("study", "list").stdout.splitlines() if line.split()}
+    for row in rows:
+        study = load_study(row["name"])
+        counts = [len(part) for part in (study.stacks, study.tasks, study.seeds)]
+        assert lines[row["name"]].split()[-3:] == [str(number) for number in counts]
+        assert study.about in lines[row["name"]]
+        assert row["stacks"] == list(study.stacks)
+
+
+def test_every_backend_is_listed_with_what_it_does_here_or_why_it_is_refused(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    data = json.loads(run("list", "--backends", "--json").stdout)
+    out = run("list", "--backends").stdout
+    assert [row["name"] for row in data["attention"]] == list(BACKENDS)
+    for row in data["attention"]:
+        assert set(row["versions"]) == set(BACKENDS[row["name"]].packages)
+        for package, version in row["versions"].items():
+            assert f"{package} {version or 'not installed'}" in out
+        if row["inference"] is not None:
+            assert f"refused: {row['inference']}"[:60] in out
+    assert all(f"{name} for {case}" in out for case, name in data["auto"].items())
+    assert set(data["recurrence"]) == {"triton", "torch", "reference"}
 
 
 def test_two_questions_at_once_are_refused(run):
+    assert run("list", "--backends", "--specs", ok=False).exit_code == 2
     assert run("list", "carve", "--specs", ok=False).exit_code == 2
 
 
@@ -132,6 +174,7 @@ def test_a_file_of_ones_own_is_shown(run, tiny):
         (["carve-hybrid-tiny", "mixers.c.erase=tokn"], "did you mean 'token'?"),
         (["carve-hybrid-tiny", "layers=(c a"], "never closed"),
         (["nowhere.yaml"], "nowhere.yaml"),
+        (["quickstart"], "'quickstart' is a study, which has several stacks: use `hybridzoo study run quickstart`"),
         (["carve-hybrid-tiny", "--context", "0"], "--context"),
     ],
 )

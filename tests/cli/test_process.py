@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from hybridzoo.studies.tasks import list_tasks
+
 COMMAND = [sys.executable, "-P", "-c", "from hybridzoo.cli import app; app(prog_name='hybridzoo')"]
 
 
@@ -21,7 +23,7 @@ def test_help_and_version_load_no_torch():
         "try: app(sys.argv[1:])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'hybridzoo.mixers' not in sys.modules"
     )
-    for words in (["--help"], ["--version"], ["show", "--help"], ["study", "run", "--help"], ["study", "list"]):
+    for words in (["--help"], ["--version"], ["show", "--help"], ["study", "run", "--help"]):
         done = subprocess.run([sys.executable, "-P", "-c", code, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -41,7 +43,7 @@ def test_help_is_quick():
         ("hybridzoo show carve-hybrid-t", {"carve-hybrid-tiny"}),
         ("hybridzoo study run quick", {"quickstart"}),
         ("hybridzoo tr", {"train"}),
-        ("hybridzoo train carve-tiny --task ", {"bytes", "mqar"}),
+        ("hybridzoo train carve-tiny --task ", set(list_tasks())),
     ],
 )
 def test_tab_completes_names(line, wanted):

@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_lines_of_a_training_say_what_is_held_out_and_how_long_is_left(run, tiny
     monkeypatch.setattr(train_module, "PLAIN_EVERY", 0.0)
     lines = run("train", tiny, *QUICK, f"task.folder={text}").stderr.splitlines()
     assert re.search(
-        r"^step 2/3: loss \d\.\d+, held-out \d\.\d+ bits a byte, .* tokens/s, about \d+ s left$", lines[-2]
+        r"^step 2/3: loss \d\.\d+ nats, held-out \d\.\d+ bits a byte, .* tokens/s, about \d+ s left$", lines[-2]
     )
     assert "left" not in lines[-1]
 
@@ -69,6 +70,54 @@ def test_the_vocabulary_becomes_the_tasks_own(run, tiny):
     assert record["folder"] == "runs/mine-mqar"
     assert 0 <= record["metrics"]["accuracy"] <= 1
     assert load_spec(tiny.parent / "runs/mine-mqar" / SPEC).vocab_size < 256
+
+
+def test_a_vocabulary_that_is_exchanged_is_said_to_be(run, tiny, text):
+    words = [*QUICK, f"task.folder={text}", "--overwrite"]
+    assert "vocab_size" not in run("train", tiny, *words).stderr
+    tiny.write_text(tiny.read_text().replace("vocab_size: 256", "vocab_size: 32000"))
+    said = (
+        "vocab_size: 32,000 of mine becomes 256, the tokens of the task; vocab_size=32000 among the overrides keeps it"
+    )
+    assert said in run("train", tiny, *words).stderr
+    assert "vocab_size" not in run("train", tiny, *words, "vocab_size=32000").stderr
+
+
+def test_a_content_gate_that_cannot_act_is_named(run, tiny, text):
+    words = [f"task.folder={text}", "--overwrite", *QUICK]
+    assert "content gate" not in run("train", tiny, *words).stderr
+    assert "c: its content gate never acts here" in run("train", tiny, *words, "mixers.c.content_chunk=32").stderr
+
+
+def test_curves_for_tensorboard_are_the_points_of_the_history(run, tiny, text):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*QUICK, f"task.folder={text}", "train.eval_every=2", "--out", "runs/a", "--tensorboard"]
+    run("train", tiny, *words)
+    run("train", tiny, *words, "--seed", "1", "--overwrite")  # whose curves take the place of the first
+    folder = tiny.parent / "runs" / "a"
+    history = json.loads((folder / RECORD).read_text())["history"]
+    (file,) = folder.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+
+    def curve(name):
+        return [event.step for event in events.Scalars(name)], [event.value for event in events.Scalars(name)]
+
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(name) == (history["steps"], pytest.approx(history[name], rel=1e-6)), name
+    assert len(curve("tokens_per_second")[0]) == 3
+    scores = [evaluation["metrics"]["bits_per_byte"] for evaluation in history["evaluations"]]
+    assert curve("held-out/bits_per_byte") == ([2, 3], pytest.approx(scores, rel=1e-6))
+
+
+def test_without_tensorboard_curves_are_refused_before_anything_is_trained(run, tiny, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    result = run("train", tiny, *QUICK, "--tensorboard", ok=False)
+    assert result.exit_code == 2
+    assert result.stderr == "error: this needs tensorboard: pip install -e '.[train]' in a clone of hybridzoo\n"
+    assert not (tiny.parent / "runs").exists()
 
 
 def test_no_name_of_a_spec_leads_out_of_runs(run, tiny, text):
@@ -130,7 +179,7 @@ def test_a_gpu_that_is_not_there_is_found_before_training(run, tiny, monkeypatch
 
 def test_an_interrupted_training_says_how_far_it_came_and_that_nothing_is_kept(run, tiny, text, monkeypatch):
     def interrupted(model, task, config, on_progress):
-        on_progress(Progress(2, config.steps, 5.0, 1e-3, 100.0, {}))
+        on_progress(Progress(2, config.steps, 5.0, 1.0, 1e-3, 100.0, {}, False))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", interrupted)
@@ -166,6 +215,15 @@ def test_the_streamed_text_is_what_the_model_generates(run, trained):
     assert json.loads(out)["continuation"] == wanted
 
 
+def test_a_stop_string_ends_the_text_and_stays_in_it(run, trained):
+    words = ("generate", trained, "--prompt", "def ", "-n", "12", "--temperature", "0", "--json")
+    whole = json.loads(run(*words).stdout)["continuation"]
+    stop = whole[3:5]
+    found = json.loads(run(*words, "--stop", stop, "--stop", "never said").stdout)
+    assert found["continuation"] == whole[: whole.index(stop) + 2]
+    assert found["tokens"] < 12
+
+
 def test_help_says_what_an_option_takes_and_what_it_is_without(run):
     said = " ".join(run("generate", "-h").stdout.replace("│", " ").split())
     assert "above 0, at most 1" in said
@@ -189,16 +247,19 @@ def test_an_untrained_spec_speaks_but_says_so(run):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "no spec 'nowhere'"),
+        (["nowhere"], "nowhere: neither a run's folder nor a spec has this name"),
         (["carve-tiny", "vocab_size=300"], "byte-level"),
         (["carve-tiny", "--prompt", ""], "empty"),
         (["carve-tiny", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["carve-tiny", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+        (["carve-tiny", "--min-p", "2"], "min_p must be above 0 and at most 1, got 2.0"),
+        (["carve-tiny", "--stop", ""], "stop must be strings of at least one character"),
         (["carve-tiny", "--temperature", "-1"], "--temperature"),
         (["carve-tiny", "--temperature", "0", "--top-k", "3"], "give a temperature above 0"),
         (["carve-tiny", "max_context=8", "--prompt", "def", "-n", "9"], "12 tokens are more than max_context 8"),
         (["runs/nothing"], "runs/nothing: no such folder, and no such spec"),
         (["nothing.yaml"], "nothing.yaml: no such file"),
+        (["quickstart"], "'quickstart' is a study"),
         (["."], "no trained model here"),
     ],
 )
@@ -208,6 +269,13 @@ def test_what_cannot_be_generated_from_is_refused(run, words, said):
     assert said in result.stderr
     assert "HYBRIDZOO_TRACEBACK" not in result.stderr
     assert result.stdout == ""
+
+
+def test_a_name_of_nothing_is_neither_a_run_nor_a_spec_and_no_list_follows(run, trained):
+    said = run("generate", "nosuch", ok=False).stderr
+    assert said == "error: nosuch: neither a run's folder nor a spec has this name; specs: `hybridzoo list --specs`\n"
+    assert "(did you mean 'carve-tiny'?)" in run("generate", "carv-tiny", ok=False).stderr
+    assert "(did you mean 'runs/a'?)" in run("generate", "runsa", ok=False).stderr
 
 
 def test_a_trained_model_takes_no_overrides(run, trained):
