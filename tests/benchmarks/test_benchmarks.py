@@ -51,6 +51,28 @@ def test_the_small_operations_run_on_a_cpu() -> None:
     run("-c", OPERATIONS)
 
 
+REFUSED = """
+import triton_backend
+
+def refuse():
+    raise RuntimeError("wrong results on this Triton (see #640).\\nUpgrade it")
+
+def fail():
+    raise RuntimeError("out of memory")
+
+assert triton_backend.refusal(lambda: None) is None
+assert triton_backend.refusal(refuse) == "wrong results on this Triton (see #640). Upgrade it"
+try:
+    triton_backend.refusal(fail)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_only_a_backward_that_fla_itself_refuses_is_left_out() -> None:
+    assert run("-c", REFUSED).strip() == "out of memory"
+
+
 TURNS = """
 import time
 from turns import measured_in_turn
@@ -88,3 +110,29 @@ def test_processes_measure_one_after_another(tmp_path: Path, monkeypatch: pytest
     lines = [line.split() for line in Path("log").read_text().splitlines()]
     assert [word for _, word in lines] == ["begins", "ends"] * 2
     assert lines[0][0] == lines[1][0]
+
+
+def test_attention_is_timed_on_a_cpu_by_what_trains_there(tmp_path: Path) -> None:
+    words = ("--small", "--device", "cpu", "--rounds", 2, "--backends", "sdpa", "reference", "flash", "--out", tmp_path)
+    out = run(BENCHMARKS / "attention.py", *words)
+    found = json.loads((tmp_path / "attention.json").read_text())["results"]
+    assert set(found) == {"full", "window", "packed", "decoding"}
+    for name, result in found.items():
+        assert set(result["ms"]) == ({"forward"} if name == "decoding" else {"forward", "forward_backward"})
+        assert set(result["ms"]["forward"]) == {"sdpa", "reference"}
+        assert "CUDA device" in result["without"]["flash"]
+        assert result["auto"] == "sdpa"
+        assert max(result["apart"].values()) < 1e-5
+        assert name in out
+
+
+@pytest.mark.slow
+def test_decoding_of_whole_models_is_timed_on_a_cpu(tmp_path: Path) -> None:
+    run(BENCHMARKS / "inference.py", "--small", "--device", "cpu", "--rounds", 1, "--batch", 2, "--out", tmp_path)
+    found = json.loads((tmp_path / "inference.json").read_text())["results"]
+    models = ["transformer-tiny", "carve-hybrid-tiny", "carve-tiny", "transformers Llama"]
+    assert [(r["model"], r["context"]) for r in found] == [(name, C) for name in models for C in (8, 40)]
+    assert all(r["tokens_per_s"]["eager"] > 0 and "errors" not in r for r in found)
+    held = {(r["model"], r["context"]): r["bytes_a_sequence"] for r in found}
+    assert held["carve-tiny", 40] == held["carve-tiny", 8]
+    assert held["transformer-tiny", 40] > 4 * held["transformer-tiny", 8]
