@@ -19,10 +19,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each start a thread a co
 # `python -m pytest` puts the current directory first, where kernels/ and yaml/ would pass for packages of those names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+# Every run gives the same examples, so that a failing change is to blame; `--hypothesis-profile=explore` draws others.
 # The first example of a shape may compile or import something slow: time is not what these tests are about.
-settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("same", parent=settings.get_profile("explore"), derandomize=True)
+settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
