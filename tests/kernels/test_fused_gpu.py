@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from delta_problems import FLAGS, Problem, make_problem, relative_error
+from device_reads import no_device_reads
 from registry_cases import flag_rows
 
 from hybridzoo.kernels import DeltaState, gated_delta_rule
@@ -197,17 +198,12 @@ def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:.*[Ss]ynchronization debug mode:UserWarning")
 def test_nothing_waits_for_the_device() -> None:
     case = on_gpu(make_problem(erase="content", predict="stored", lengths=[30, 0, 41], K=32, V=32), torch.bfloat16)
     _results(case, "triton")  # compiled by now
     leaves = {n: x.requires_grad_() for n, x in case.tensors.items()}
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_reads():
         case.call("triton", leaves)[0].sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_heads_than_the_second_axis_of_a_grid_holds() -> None:

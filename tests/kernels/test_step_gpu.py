@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from delta_problems import Problem, make_problem, relative_error
+from device_reads import no_device_reads
 from registry_cases import flag_rows
 
 from hybridzoo.kernels import DeltaState, gated_delta_rule
@@ -112,16 +113,11 @@ def test_a_captured_step_replayed_decodes_token_after_token(row: str) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.filterwarnings("ignore:.*[Ss]ynchronization debug mode:UserWarning")
 def test_nothing_waits_for_the_device(inplace: bool) -> None:
     case = on_gpu(torch.bfloat16, **CARVE, K=32, V=32)
     case.call("triton", inplace_state=inplace)  # compiled by now
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_reads():
         case.call("triton", inplace_state=inplace)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_state_that_is_not_contiguous_is_written_where_it_lies() -> None:
