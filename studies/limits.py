@@ -83,7 +83,9 @@ def _rates(findings: Findings) -> list[str]:
         "chosen by pilots; the rest of the schedule is shared."
     ]
     edges = list(dict.fromkeys(f"{row['stack']} on {row['task']} ({row['lr']:g})" for row in tuned if row["edge"]))
-    if edges:
+    if len(grid) < 3:
+        said.append("A grid of so few rates is all edges: for every stack a better rate may lie beyond it.")
+    elif edges:
         said.append(
             f"Of {len(tuned)} choices {len(edges)} lie at the edge of that grid, so a better rate may lie beyond it: "
             f"{joined(some(edges))}."

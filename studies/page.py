@@ -18,7 +18,19 @@ from hybridzoo.studies.display import format_count, format_seconds
 from hybridzoo.studies.findings import Cell, Findings
 from hybridzoo.studies.limits import limits
 from hybridzoo.studies.markup import bullets, document, figure, folded, links, listed, section, table_of
-from hybridzoo.studies.sentences import CURVES, between, between_rows, curve_rows, gap, headline, score, training_notes
+from hybridzoo.studies.sentences import (
+    CURVES,
+    PAIRS,
+    between,
+    between_rows,
+    curve_rows,
+    gap,
+    headline,
+    level_rows,
+    pair_rows,
+    score,
+    training_notes,
+)
 from hybridzoo.studies.solve import BUDGET_WORDS
 from hybridzoo.studies.stats import BOOTSTRAP_FROM
 from hybridzoo.studies.tables import Table
@@ -58,7 +70,8 @@ def _of_budget(
         "What was found": _found(findings) + links(tables, "comparisons"),
         "How much attention": drawn("ratio"),
         "Where attention stands": drawn("placement"),
-        "How much is held": drawn("levels"),
+        "Mixer against mixer": _pairs(findings, tables),
+        "How much is held": drawn("levels") + _by_level(findings, tables),
         "Quality against memory": drawn("frontier"),
         "Was it trained for long enough?": _training(findings, drawn("learning")),
         "What the gates do": drawn("gates"),
@@ -124,6 +137,31 @@ def _found(findings: Findings) -> str:
         table = table_of(CURVES, rows) if crowded else ""
         said.append(f"<h3>{escape(task)}</h3>\n{bullets(headline(findings, task, ratios=not crowded))}{table}")
     return "\n".join(said)
+
+
+def _pairs(findings: Findings, tables: Mapping[str, Table]) -> str:
+    found = {task: pair_rows(findings, task) for task in findings.plan.shown}
+    said = [f"<h3>{escape(task)}</h3>\n{table_of(PAIRS, rows)}" for task, rows in found.items() if rows]
+    if not said:
+        return ""
+    about = (
+        "<p>Every two mixers at the shares of attention that both were mixed with: the mean over these, seed by seed, "
+        "and the paired t test of their difference. Above 0 the first is better.</p>"
+    )
+    return "\n".join([about, *said, links(tables, "mixers")])
+
+
+def _by_level(findings: Findings, tables: Mapping[str, Table]) -> str:
+    """Where the best ratio lies may change with the difficulty: a table for each task that is scored at several.
+
+    On text levels are places in sequences of one length: too many, and not harder or easier.
+    """
+    said = []
+    for task, shown in findings.plan.shown.items():
+        if shown.percent and (rows := level_rows(findings, task)):
+            heads = ["attention beside", *(f"best ratio at {level:,} {shown.level_axis}" for level, _ in shown.levels)]
+            said.append(f"<h3>{escape(task)}: the best ratio at each difficulty</h3>\n{table_of(heads, rows)}")
+    return "\n".join([*said, links(tables, "optima")]) if said else ""
 
 
 _RATIO = (

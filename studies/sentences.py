@@ -23,6 +23,8 @@ from hybridzoo.studies.verdicts import (
     budget_orders,
     hybrid_orders,
     learnt,
+    level_optima,
+    mixer_pairs,
     near_guessing,
     optima,
     optimum_of,
@@ -232,6 +234,37 @@ def curve_rows(findings: Findings, task: str) -> list[list[str]]:
         measured = f"{percent(best.stack.attention)}: {score(shown, best.mean)}"
         rows.append([name, place_of(optimum_of(curve, shown.maximise)), measured, tied or "none", moved])
     return rows
+
+
+def level_rows(findings: Findings, task: str) -> list[list[str]]:
+    """Return where every curve is best at each difficulty: the curve, then a text for each of `level_optima`."""
+    found = level_optima(findings, task)
+    curves = dict.fromkeys(curve for one in found.values() for curve in one)
+    return [[curve, *(place_of(one[curve]) if curve in one else "–" for one in found.values())] for curve in curves]
+
+
+PAIRS = ("mixer", "against", "at attention", "difference", "95 % interval", "told apart")
+
+
+def pair_rows(findings: Findings, task: str) -> list[list[str]]:
+    """Return every two mixers of a task as rows of texts under `PAIRS`; a difference above 0 favours the first."""
+    shown = findings.shown(task)
+    sign, digits = (1, "points") if shown.maximise else (-1, "")
+    scale = 100 if shown.percent else 1
+    rows = []
+    for pair in mixer_pairs(findings, task):
+        low, high = sorted(sign * scale * value for value in (pair.apart.low, pair.apart.high))
+        places = 1 if shown.percent else 3
+        apart = f"{sign * scale * pair.apart.mean:+.{places}f} {digits}".rstrip()
+        shares = joined([percent(share) for share in pair.shares])
+        rows.append(
+            [pair.first, pair.second, shares, apart, f"{low:+.{places}f} to {high:+.{places}f}", _told(pair.adjusted)]
+        )
+    return rows
+
+
+def _told(adjusted: float) -> str:
+    return f"{'yes' if adjusted < 0.05 else 'no'} (p {adjusted:.2g} after Holm)"
 
 
 def _largest(shown: Shown, curve: Sequence[Cell]) -> tuple[float, Cell, Cell]:

@@ -11,7 +11,7 @@ from hybridzoo.studies.comparisons import SEEDS
 from hybridzoo.studies.findings import Findings
 from hybridzoo.studies.gates import QUANTILES
 from hybridzoo.studies.tables import Table, Value, all_tables
-from hybridzoo.studies.verdicts import all_orders, optima, parts, ranking
+from hybridzoo.studies.verdicts import all_orders, level_optima, mixer_pairs, optima, parts, ranking
 
 
 def every_table(findings: Findings) -> dict[str, Table]:
@@ -19,6 +19,7 @@ def every_table(findings: Findings) -> dict[str, Table]:
     return {
         **all_tables(findings),
         "comparisons": comparison_table(findings),
+        "mixers": mixer_table(findings),
         "optima": optimum_table(findings),
         "orders": order_table(findings),
         "gates": gate_table(findings),
@@ -44,16 +45,39 @@ def comparison_table(findings: Findings) -> Table:
     return Table("Comparisons: every stack against the best of its task", columns, tuple(rows))
 
 
-def optimum_table(findings: Findings) -> Table:
-    """A row for each ratio curve: where it is best, within what interval, or that it cannot be told."""
-    columns = ("budget", "task", "curve", "verdict", "best_ratio", "low_95", "high_95", "best_measured_ratio", "why")
+def mixer_table(findings: Findings) -> Table:
+    """A row for each two ratio curves: their paired difference over the shares of attention that both have."""
+    columns = (
+        *("budget", "task", "first", "second", "shares", "seeds", "first_minus_second", "low_95", "high_95"),
+        *("p", "p_holm", "told_apart"),
+    )
     rows: list[tuple[Value, ...]] = []
     for budget, part in parts(findings).items():
         for task in part.plan.shown:
-            for name, found in optima(part, task).items():
-                told = found.verdict in ("inside", "edge")
-                where = (found.ratio, found.low, found.high, found.measured) if told else (None,) * 4
-                rows.append((budget, task, name, found.verdict, *where, found.why))
+            for pair in mixer_pairs(part, task):
+                names = (budget, task, pair.first, pair.second, " ".join(map(str, pair.shares)), pair.apart.n)
+                numbers = (pair.apart.mean, pair.apart.low, pair.apart.high, pair.p, pair.adjusted)
+                rows.append((*names, *map(_number, numbers), not pair.tied))
+    return Table("Mixers: every two ratio curves", columns, tuple(rows))
+
+
+def optimum_table(findings: Findings) -> Table:
+    """A row for each ratio curve: where it is best, within what interval, or that it cannot be told.
+
+    First by the task's own score, without a level, then at each difficulty that the trained models were scored at.
+    """
+    columns = (
+        *("budget", "task", "level", "curve", "verdict", "best_ratio", "low_95", "high_95", "best_measured_ratio"),
+        "why",
+    )
+    rows: list[tuple[Value, ...]] = []
+    for budget, part in parts(findings).items():
+        for task in part.plan.shown:
+            for level, curves in ((None, optima(part, task)), *level_optima(part, task).items()):
+                for name, found in curves.items():
+                    told = found.verdict in ("inside", "edge")
+                    where = (found.ratio, found.low, found.high, found.measured) if told else (None,) * 4
+                    rows.append((budget, task, level, name, found.verdict, *where, found.why))
     return Table("Optima: the best ratio of every curve", columns, tuple(rows))
 
 

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from hybridzoo.studies.comparisons import Comparison, RankCorrelation, rank_correlation, with_the_best
+from hybridzoo.studies.comparisons import (
+    SEEDS,
+    Comparison,
+    RankCorrelation,
+    holm,
+    paired_p,
+    rank_correlation,
+    with_the_best,
+)
 from hybridzoo.studies.findings import Cell, Findings, families
 from hybridzoo.studies.optimum import Optimum, fit_optimum
 from hybridzoo.studies.stack import Stack
+from hybridzoo.studies.stats import Summary, difference
 from hybridzoo.studies.tasks import Shown
 
 GUESSES = 1.5  # times the score of guessing: a mean below it says that next to nothing was learnt
@@ -50,17 +60,89 @@ def optimum_of(curve: Sequence[Cell], maximise: bool) -> Optimum:
 
 def optima(findings: Findings, task: str) -> dict[str, Optimum]:
     """Return the optimum of every ratio curve of three ratios or more, by its name; none where nothing was learnt."""
-    if not learnt(findings, task):
+    return _optima(findings.shown(task), findings.comparable(task))
+
+
+def level_optima(findings: Findings, task: str) -> dict[int, dict[str, Optimum]]:
+    """Return the same at each difficulty that the trained models were scored at, of a task that has several."""
+    shown, cells = findings.shown(task), findings.comparable(task)
+    found = {}
+    for level, metric in shown.levels if len(shown.levels) > 1 else ():
+        scored = [replace(cell, scores=tuple(cell.level(metric))) for cell in cells]
+        if all(len(cell.scores) == len(cell.seeds) for cell in scored):
+            found[level] = _optima(shown, scored)
+    return found
+
+
+def _optima(shown: Shown, cells: Sequence[Cell]) -> dict[str, Optimum]:
+    if not _learnt(shown, cells):
         return {}
-    curves = families(findings.comparable(task))
+    curves = families(cells)
     ratios = {name: {cell.stack.attention for cell in curve} for name, curve in curves.items()}
-    maximise = findings.shown(task).maximise
-    return {name: optimum_of(curve, maximise) for name, curve in curves.items() if len(ratios[name]) >= 3}
+    return {name: optimum_of(curve, shown.maximise) for name, curve in curves.items() if len(ratios[name]) >= 3}
+
+
+@dataclass(frozen=True)
+class MixerPair:
+    """Two ratio curves compared at the `shares` of attention that both have, all but attention alone.
+
+    `apart` summarises first - second, each seed's mean over those shares; `p` is the paired t test's, and `adjusted`
+    is `p` after Holm, the family being all pairs of the task.
+    """
+
+    first: str
+    second: str
+    shares: tuple[float, ...]
+    apart: Summary
+    p: float
+    adjusted: float
+
+    @property
+    def tied(self) -> bool:
+        """Whether the seeds do not tell the two apart."""
+        return self.adjusted >= 0.05
+
+
+def mixer_pairs(findings: Findings, task: str) -> list[MixerPair]:
+    """Compare every two ratio curves of a task; none on fewer than `SEEDS` seeds, or where nothing was learnt.
+
+    The mean over shares makes one number of a seed, since what its stacks have in common, its data among them, makes
+    them too alike to count as several.
+    """
+    cells = findings.comparable(task)
+    if not _learnt(findings.shown(task), cells) or len(cells[0].seeds) < SEEDS:
+        return []
+    curves = {name: _by_share(curve) for name, curve in families(cells).items()}
+    pairs = []
+    for (first, one), (second, other) in itertools.combinations(curves.items(), 2):
+        shares = tuple(sorted(share for share in one if share in other))
+        if shares:
+            apart = difference(*([_mean(curve[share] for share in shares) for curve in (one, other)]))
+            pairs.append((first, second, shares, apart, paired_p(apart)))
+    return [MixerPair(*pair, value) for pair, value in zip(pairs, holm([p for *_, p in pairs]), strict=True)]
+
+
+def _by_share(curve: Sequence[Cell]) -> dict[float, list[float]]:
+    """Each seed's score at every share of attention below 1, a mean where several stacks have one share."""
+    found: dict[float, list[Sequence[float]]] = {}
+    for cell in curve:
+        if cell.stack.attention < 1:
+            found.setdefault(cell.stack.attention, []).append(cell.scores)
+    return {share: _mean(scores) for share, scores in found.items()}
+
+
+def _mean(rows: Iterable[Sequence[float]]) -> list[float]:
+    """The mean of several rows of scores, seed by seed."""
+    return [statistics.fmean(values) for values in zip(*rows, strict=True)]
 
 
 def learnt(findings: Findings, task: str) -> bool:
     """Whether some stack of a task scores well above guessing: without one there is nothing to compare."""
-    return any(not near_guessing(findings.shown(task), cell) for cell in findings.comparable(task))
+    return _learnt(findings.shown(task), findings.comparable(task))
+
+
+def _learnt(shown: Shown, cells: Sequence[Cell]) -> bool:
+    return any(not near_guessing(shown, cell) for cell in cells)
 
 
 def near_guessing(shown: Shown, cell: Cell) -> bool:

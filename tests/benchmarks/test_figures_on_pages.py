@@ -79,3 +79,34 @@ def test_the_page_beside_other_libraries_quotes_it() -> None:
     assert re.search(
         r"(\d+) MiB are kept.*keeps (\d+),.*?(\d+) MiB against\s+(\d+)", page, re.DOTALL
     ).groups() == tuple(numbers)
+
+
+def rows_below(page: str, text: str) -> list[list[str]]:
+    """The cells of the first table below a text, without its header and rule."""
+    lines = (ROOT / page).read_text(encoding="utf-8").partition(text)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : end]]
+
+
+def test_the_times_of_attention_are_what_was_recorded() -> None:
+    results = json.loads((ROOT / "benchmarks/results/attention.json").read_text(encoding="utf-8"))["results"]
+    lines = rows_below("docs/attention.md", "`auto`'s choice in bold")
+    for result, (_, *cells) in zip(results.values(), lines, strict=True):
+        for backend, cell in zip(("sdpa", "flex"), cells, strict=True):
+            said = " / ".join(f"{result['ms'][which][backend]:.2f}" for which in PASSES if which in result["ms"])
+            assert cell == (f"**{said}**" if result["auto"] == backend else said)
+        assert result["auto"] == result["fastest"]  # of those that were there
+
+
+def test_the_tokens_a_second_are_what_was_recorded() -> None:
+    results = json.loads((ROOT / "benchmarks/results/inference.json").read_text(encoding="utf-8"))["results"]
+    lines = {model: cells for model, *cells in rows_below("docs/inference.md", "MiB that a sequence keeps")}
+    assert set(lines) == {result["model"] for result in results}
+    for model, cells in lines.items():
+        mine = [result for result in results if result["model"] == model]
+        speeds = [f"{one['tokens_per_s']['graph']:,.0f}" if "tokens_per_s" in one else "-" for one in mine]
+        assert cells == [*speeds, *(f"{one['bytes_a_sequence'] / 2**20:,.0f}" for one in mine[:3])]
+        if "carve" in model:  # its decode step does not slow with context
+            times = [one["ms_a_step"]["graph"] for one in mine if one["B"] == 1]
+            assert max(times) < 1.01 * min(times)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from made_up_study import FAMILIES, made_up
@@ -15,10 +16,28 @@ from hybridzoo.studies.figures_inside import half_life
 from hybridzoo.studies.limits import limits
 from hybridzoo.studies.page import page
 from hybridzoo.studies.results import write_json
-from hybridzoo.studies.sentences import between, between_rows, curve_rows, headline, place_of
+from hybridzoo.studies.sentences import (
+    between,
+    between_rows,
+    curve_rows,
+    headline,
+    level_rows,
+    pair_rows,
+    place_of,
+)
 from hybridzoo.studies.style import looks, styled
 from hybridzoo.studies.verdict_tables import every_table
-from hybridzoo.studies.verdicts import all_orders, budget_orders, grids, hybrid_orders, optima, parts, ranking
+from hybridzoo.studies.verdicts import (
+    all_orders,
+    budget_orders,
+    grids,
+    hybrid_orders,
+    level_optima,
+    mixer_pairs,
+    optima,
+    parts,
+    ranking,
+)
 
 BUDGETS = ("params", "inference_bytes")
 
@@ -114,6 +133,50 @@ def test_budgets_are_compared_on_the_stacks_that_both_have():
         part = findings.at(name)
         assert place == place_of(optima(part, "text")["carve"])
     assert "The order of 13 stacks at equal parameters against that at equal inference memory: Kendall's tau" in words
+
+
+def test_the_best_ratio_is_found_at_every_difficulty():
+    """What is best at the trained difficulty may be worst at another."""
+    plan, results = made_up(rising, families=("carve",), noise=0.001)
+    levels = ((32, "accuracy"), (64, "accuracy_64"))
+    plan = replace(plan, shown={**plan.shown, "recall": replace(plan.shown["recall"], levels=levels)})
+    for result in results:
+        if "accuracy" in result["metrics"]:
+            result["metrics"]["accuracy_64"] = 1 - result["metrics"]["accuracy"]
+    findings = gather(plan, results)
+    found = level_optima(findings, "recall")
+    assert found[32] == optima(findings, "recall")
+    assert (found[32]["carve"].measured, found[64]["carve"].measured) == (1, 0)
+    assert level_rows(findings, "recall") == [["carve", *(place_of(found[level]["carve"]) for level in (32, 64))]]
+    assert level_optima(findings, "text") == {}
+    table = [row for row in rows(findings, "optima") if row["task"] == "recall"]
+    assert [(row["level"], row["best_measured_ratio"]) for row in table] == [("", "1.0"), ("32", "1.0"), ("64", "0.0")]
+    assert "the best ratio at each difficulty" in page(findings, {}, every_table(findings), [])
+    del results[0]["metrics"]["accuracy_64"]
+    assert set(level_optima(gather(plan, results), "recall")) == {32}
+
+
+def test_every_two_mixers_are_compared_over_the_ratios_that_both_have():
+    findings = findings_of(noise=0.002)
+    pairs = mixer_pairs(findings, "recall")
+    assert [(pair.first, pair.second) for pair in pairs] == [("carve", "gdn2"), ("carve", "mamba2"), ("gdn2", "mamba2")]
+    cells = {cell.stack.label: cell for cell in findings.comparable("recall")}
+    labels = ("alone", "0.125", "0.25", "0.5")
+    for pair in pairs:
+        assert pair.shares == (0.0, 0.125, 0.25, 0.5)
+        one, other = ([cells[f"{name} {label}"] for label in labels] for name in (pair.first, pair.second))
+        assert pair.apart.mean == pytest.approx(sum(a.mean - b.mean for a, b in zip(one, other, strict=True)) / 4)
+        assert pair.apart.n == 3
+        assert pair.p <= pair.adjusted < 0.05
+        assert not pair.tied
+    assert [row[:2] for row in pair_rows(findings, "recall")] == [[pair.first, pair.second] for pair in pairs]
+    # Of bits a byte fewer are better, and the words say which of two is.
+    bits, said = mixer_pairs(findings, "text")[0].apart, pair_rows(findings, "text")[0]
+    assert bits.mean < 0 < float(said[3])
+    assert said[4] == f"{-bits.high:+.3f} to {-bits.low:+.3f}"
+    assert all(pair.tied for pair in mixer_pairs(findings_of(level), "recall"))
+    assert len(rows(findings, "mixers")) == 6
+    assert mixer_pairs(findings_of(seeds=(0, 1)), "recall") == []  # two seeds tell nothing
 
 
 def test_where_nothing_was_learnt_no_ratio_is_compared():
@@ -219,8 +282,11 @@ def test_limits_name_flat_curves_edges_and_rates_at_the_edge_of_their_grid(tmp_p
     write_json(tmp_path / "study.json", plan.to_dict())
     row = {"budget": "", "task": "recall", "stack": "carve alone", "lr": 0.01, "scores": {"0.003": None, "0.01": 0.5}}
     write_json(tmp_path / "tuned.json", [{**row, "edge": True}, {**row, "stack": "attention", "edge": False}])
+    assert "A grid of so few rates is all edges" in " ".join(limits(read_findings(tmp_path)))
+    row["scores"]["0.001"] = 0.4
+    write_json(tmp_path / "tuned.json", [{**row, "edge": True}, {**row, "stack": "attention", "edge": False}])
     tuned = " ".join(limits(read_findings(tmp_path)))
-    assert "the best of 2 learning rates, 0.003 to 0.01" in tuned
+    assert "the best of 3 learning rates, 0.001 to 0.01" in tuned
     assert "Of 2 choices 1 lie at the edge of that grid" in tuned
     assert "carve alone on recall (0.01)" in tuned
     assert "same learning rate" not in tuned

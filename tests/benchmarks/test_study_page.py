@@ -1,0 +1,136 @@
+"""The page of the study that was run quotes its tables, and the front page quotes that page."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "docs/studies/hybrids"
+PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
+SHARES = {"0 %": "ratio=0", "12.5 %": "ratio=1/8", "25 %": "ratio=1/4", "50 %": "ratio=1/2"}
+
+
+def rows(stem: str) -> list[dict[str, str]]:
+    with (STUDY / f"tables/{stem}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines_after(title: str) -> list[list[str]]:
+    """The cells of the first table below a title, header and rule included."""
+    lines = PAGE[PAGE.index(title) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+
+
+def test_the_means_are_those_of_the_study() -> None:
+    means = {(row["task"], row["stack"]): float(row["mean"]) for row in rows("stacks")}
+    header, _, *lines = lines_after("## What was found")
+    assert header[2:] == [*SHARES, "100 %"]
+    task, written, seen = "", "", 0
+    for said, mixer, *cells in lines:
+        task = said.split()[0].strip(",") if said else task
+        scale, digits = (1, 3) if task == "text" else (100, 1)
+        for share, cell in zip(SHARES.values(), cells, strict=False):
+            assert cell == f"{scale * means[task, f'{mixer}, {share}']:.{digits}f}", (task, mixer, share)
+            seen += 1
+        written = cells[4] or written  # one stack, said once
+        assert written == f"{scale * means[task, 'all attention']:.{digits}f}"
+    assert seen == len(means) - 4
+
+
+def test_what_the_content_gate_does_is_what_was_compared() -> None:
+    pairs = {
+        row["task"]: [float(row[name]) for name in ("first_minus_second", "low_95", "high_95")]
+        for row in rows("mixers")
+        if (row["first"], row["second"]) == ("carve", "carve[erase=token]")
+    }
+    _, _, *lines = lines_after("## The content gate")
+    assert len(lines) == len(pairs) == 4
+    for task, apart, interval in lines:
+        mean, low, high = pairs[task.split(",")[0]]
+        if task.startswith("text"):
+            assert (apart, interval) == (f"{mean:.3f}", f"{low:.3f} to {high:+.3f}")
+        else:
+            assert (apart, interval) == (f"{100 * mean:.1f} points", f"{100 * low:.1f} to {100 * high:+.1f}")
+    told = {row["task"] for row in rows("mixers") if "carve[erase=token]" in (row["first"], row["second"])}
+    assert told == set(pairs)
+    assert not any(low > 0 or high < 0 for _, low, high in pairs.values())
+
+
+def test_the_best_ratios_are_those_that_were_fitted() -> None:
+    found = {(row["task"], row["curve"]): row for row in rows("optima") if not row["level"]}
+    for mixer, written in re.findall(r"(gdn2|gated_delta_net)'s (?:is )?(\d[\d.]* % \(0 to \d+ %\))", PAGE):
+        row = found["text", mixer]
+        said = (
+            f"{100 * float(row['best_ratio']):.1f} % ({float(row['low_95']):g} to {100 * float(row['high_95']):.0f} %)"
+        )
+        assert written == said
+    assert {row["verdict"] for (task, _), row in found.items() if task == "text"} == {"flat", "inside"}
+    recall = {
+        name: [float(row["low_95"]), float(row["high_95"])] for (task, name), row in found.items() if task == "recall"
+    }
+    assert all(low <= 0.5 <= high for low, high in recall.values())
+    assert sum(low <= 0.25 for low, _ in recall.values()) == 2
+    assert min(low for low, _ in recall.values()) > 0.08
+
+
+def at_12288(ratio: str = "") -> dict[str, float]:
+    """Needles found at 12,288 tokens, in per cent, by stack; of one ratio by mixer."""
+    scores: dict[str, list[float]] = {}
+    for row in rows("levels"):
+        if (row["task"], row["level"]) == ("needle", "12288") and row["stack"].endswith(ratio):
+            scores.setdefault(row["stack"].partition(", ")[0] if ratio else row["stack"], []).append(
+                100 * float(row["score"])
+            )
+    return {stack: sum(values) / len(values) for stack, values in scores.items()}
+
+
+def test_what_is_said_of_length_is_what_was_scored() -> None:
+    half, alone = at_12288("ratio=1/2").values(), at_12288()["all attention"]
+    less = [
+        mean for share in ("0", "1/8", "1/4") for name, mean in at_12288(f"ratio={share}").items() if name != "mamba2"
+    ]
+    said = (f"{alone:.0f}", f"{min(half):.0f} to {max(half):.0f}", f"{min(less):.0f} to {max(less):.0f}")
+    found = re.search(
+        r"attention alone finds (\d+) % of the needles,\s+and mixtures with half of it (\d+ to \d+) %;"
+        r".*? find (\d+ to \d+) %",
+        PAGE,
+        re.DOTALL,
+    )
+    assert found
+    assert found.groups() == said
+
+
+def test_the_front_page_says_what_the_study_found() -> None:
+    front = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for said in (
+        r"98 to 100 % beside four of five",
+        r"leaves carve and gdn2 at 85 to 93 %",
+        r"gdn2 is best near 8\.6 % \(95 % interval 0 to 25 %\)",
+        r"64 times the trained length attention finds 12 % of needles, pure delta rules 31 to 49 %",
+    ):
+        assert re.search(said, front), said
+    means = {(row["task"], row["stack"]): 100 * float(row["mean"]) for row in rows("stacks") if row["task"] != "text"}
+    halves = sorted(mean for (task, stack), mean in means.items() if task == "recall" and stack.endswith("ratio=1/2"))
+    assert (round(halves[1]), round(halves[-1])) == (98, 100)
+    fewer = [
+        mean
+        for (task, stack), mean in means.items()
+        if task == "recall" and stack.startswith(("carve", "gdn2")) and not stack.endswith("1/2")
+    ]
+    assert (round(min(fewer)), round(max(fewer))) == (85, 93)
+    assert 12288 == 64 * 192
+    pure = at_12288("ratio=0")
+    assert [f"{pure[name]:.0f}" for name in ("gated_delta_net", "carve")] == ["31", "49"]
+    assert sorted(pure, key=pure.__getitem__) == ["mamba2", "gated_delta_net", "gdn2", "carve[erase=token]", "carve"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "study.yaml", "tuned.json", "ratio.png", "levels-needle.png"])
+def test_the_files_that_it_names_are_there(name: str) -> None:
+    assert name in PAGE
+    assert (STUDY / name).is_file()
