@@ -117,7 +117,7 @@ def mixer_pairs(findings: Findings, task: str) -> list[MixerPair]:
     for (first, one), (second, other) in itertools.combinations(curves.items(), 2):
         shares = tuple(sorted(share for share in one if share in other))
         if shares:
-            apart = difference(*([_mean(curve[share] for share in shares) for curve in (one, other)]))
+            apart = difference(_mean(one[share] for share in shares), _mean(other[share] for share in shares))
             pairs.append((first, second, shares, apart, paired_p(apart)))
     return [MixerPair(*pair, value) for pair, value in zip(pairs, holm([p for *_, p in pairs]), strict=True)]
 

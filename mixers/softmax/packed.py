@@ -37,7 +37,7 @@ def line_up(k: Tensor, v: Tensor, cu_seqlens: Tensor, cache: tuple[Tensor, Tenso
     starts = cu_seqlens.long()
     bounds = starts + torch.cat([starts.new_zeros(1), held.cumsum(0)])
     slot = torch.arange(N * C + T, device=k.device)
-    sequence = torch.searchsorted(bounds[1:].contiguous(), slot, right=True).clamp(max=N - 1)
+    sequence = (torch.searchsorted(bounds, slot, right=True) - 1).clamp(max=N - 1)
     place = slot - bounds[sequence] - held[sequence]  # among the new tokens; negative in the cache
     source = torch.where(place < 0, (sequence + 1) * C + place, N * C + starts[sequence] + place)
     filled = (slot < bounds[-1])[:, None, None]
