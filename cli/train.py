@@ -18,7 +18,7 @@ from hybridzoo.cli.output import INTERRUPTED, command, fail, note, print_json, s
 if TYPE_CHECKING:
     from hybridzoo.architectures import HybridLM, Spec
     from hybridzoo.studies.tasks import StudyTask
-    from hybridzoo.training import History, TrainConfig
+    from hybridzoo.training import Checkpoint, History, TrainConfig
     from hybridzoo.training import Progress as Step
 
 EPILOG = """[bold]Examples[/]
@@ -29,8 +29,9 @@ hybridzoo train carve-hybrid-tiny "layers=(c*7 a)" train.lr=3e-3 task.length=512
 
 hybridzoo train my-stack.yaml --task mqar task.pairs=16
 
-Weights are saved at the end: a run that is stopped before it keeps nothing."""
+A run that was stopped goes on when the same command is given again."""
 
+UNFINISHED = "unfinished.pt"  # in the folder, until the run is done
 PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
 
 
@@ -70,11 +71,19 @@ def train_command(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write curves into that folder as it trains, for TensorBoard.")
     ] = False,
+    save_every: Annotated[
+        float, typer.Option(help="Minutes between two savings of a run that is under way.", min=0.0)
+    ] = 5.0,
     imports: names.Imports = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in that folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result in that folder, or one that was stopped.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as data.")] = False,
 ) -> None:
-    """Train one spec on one task, and save its weights with the resolved spec."""
+    """Train one spec on one task, and save its weights with the resolved spec.
+
+    A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on from where it was last saved.
+    """
     from hybridzoo.cli.runs import RECORD, is_run, require_safetensors, save_run
 
     require_safetensors()
@@ -92,6 +101,7 @@ def train_command(
         from hybridzoo.studies.study import may_name_a_folder
         from hybridzoo.studies.tasks import build_task
         from hybridzoo.studies.trial import slug
+        from hybridzoo.training import Checkpoint, CheckpointError
         from hybridzoo.training.units import count
 
         names.import_own(imports)
@@ -112,14 +122,24 @@ def train_command(
         raise fail(f"{folder} holds a trained model already; give another --out, or --overwrite")
     config.resolve_device()  # what is not there is found now, and so is a folder that cannot be
     folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / UNFINISHED
+    if overwrite:
+        unfinished.unlink(missing_ok=True)
+    settings = {"spec": resolved.to_dict(), "task": task_words}
+    try:
+        checkpoint = Checkpoint(unfinished, config, settings, 60 * save_every)
+    except CheckpointError as error:
+        raise fail(f"{error}; give another --out, or --overwrite to start anew") from None
     torch.manual_seed(config.seed)
     with working("building the model"):
         model = build_model(resolved)
     parameters = sum(p.numel() for p in model.parameters())
     note(f"{resolved.name}: {len(resolved.layers)} layers, {count(parameters)} parameters; {built.shown.about}")
     _note_idle_gates(resolved, length)
+    if checkpoint.step:
+        note(f"going on after step {checkpoint.step:,} of {config.steps:,}, as {unfinished} has it")
     started = time.perf_counter()
-    history = _train(model, built, config, folder if tensorboard else None)
+    history = _train(model, built, config, checkpoint, folder if tensorboard else None)
     record = {
         "spec": resolved.name,
         "task": task_words,
@@ -130,6 +150,7 @@ def train_command(
         "history": history.to_dict(),
     }
     save_run(folder, model, resolved, record)
+    checkpoint.remove()
     if as_json:
         print_json({"folder": str(folder), **record})
         return
@@ -202,29 +223,31 @@ def _note_idle_gates(spec: Spec, length: int) -> None:
         )
 
 
-def _train(model: HybridLM, task: StudyTask, config: TrainConfig, curves: Path | None) -> History:
-    """Train and show how it goes; an interruption says how far it came and that no weights are kept.
+def _train(
+    model: HybridLM, task: StudyTask, config: TrainConfig, checkpoint: Checkpoint, curves: Path | None
+) -> History:
+    """Train and show how it goes; an interruption says from where the run can go on.
 
     `curves` is the folder to write them to, if they are asked for.
     """
     from hybridzoo.training import train
     from hybridzoo.training.curves import Curves
 
-    done = 0
-
     def heard(step: Step) -> None:
-        nonlocal done
-        done = step.step
         show(step)
         if write is not None:
             write(step)
 
     try:
         with _display(config.steps, task) as show, Curves(curves) if curves else nullcontext() as write:
-            return train(model, task, config, heard)
+            return train(model, task, config, heard, checkpoint)
     except KeyboardInterrupt:
-        where = f"interrupted after step {done} of {config.steps}"
-        raise fail(f"{where}; nothing was saved: weights are written at the end", INTERRUPTED) from None
+        if not checkpoint.step:
+            raise fail("interrupted before anything was saved", INTERRUPTED) from None
+        done = f"{checkpoint.step:,} of {config.steps:,}"
+        raise fail(
+            f"interrupted; saved after step {done}, and the same command goes on from there", INTERRUPTED
+        ) from None
 
 
 def _score(task: StudyTask, metrics: dict[str, float]) -> str:

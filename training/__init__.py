@@ -5,6 +5,7 @@ Start with `train(model, task, TrainConfig(...))`. For a loop of your own over s
 everything below it; the tasks and the studies that use this loop are in `hybridzoo.studies`.
 """
 
+from hybridzoo.training.checkpoint import Checkpoint, CheckpointError
 from hybridzoo.training.config import TrainConfig
 from hybridzoo.training.data import ByteCorpus, load_bytes
 from hybridzoo.training.history import Evaluation, History
@@ -16,6 +17,8 @@ __all__ = [
     "IGNORED",
     "Batch",
     "ByteCorpus",
+    "Checkpoint",
+    "CheckpointError",
     "DivergedError",
     "Evaluation",
     "History",

@@ -7,6 +7,7 @@ trains. config.py says how, task.py on what, history.py what comes back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hybridzoo.training.checkpoint import Checkpoint, Kept, stop_signals
 from hybridzoo.training.config import TrainConfig
 from hybridzoo.training.graph import Graphs
 from hybridzoo.training.history import Evaluation, History
@@ -52,16 +54,20 @@ def train(
     task: Task,
     config: TrainConfig,
     on_progress: Callable[[Progress], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train `model` on `task` and return its history; the model is moved to the config's device and changed in place.
 
     The batches depend on `config.seed` alone, so two models see the same data. The initial weights are the caller's
     (seed torch before building). `on_progress` is called every `log_every` steps and after every evaluation.
 
+    With a `checkpoint` the run goes on from what it kept, to the same end as one that was never stopped, and SIGINT or
+    SIGTERM ends it after the step at work, kept, with `KeyboardInterrupt`; a second one ends it at once.
+
     Raises: `DivergedError` naming the first step whose loss or gradient norm is not finite, before its update could
     reach a checkpoint.
     """
-    return _Run(model, task, config, on_progress).run()
+    return _Run(model, task, config, on_progress, checkpoint).run()
 
 
 @contextlib.contextmanager
@@ -86,10 +92,15 @@ class _Run:
     """One call of `train`: the pieces that every step needs, and the numbers since the last point."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: TrainConfig, on_progress: Callable[[Progress], None] | None
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        on_progress: Callable[[Progress], None] | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.device = config.resolve_device()
-        self.task, self.config, self.on_progress = task, config, on_progress
+        self.task, self.config, self.on_progress, self.checkpoint = task, config, on_progress, checkpoint
         self.model = model.to(self.device)
         on_gpu = self.device.type == "cuda"
         compiled = config.compiled()
@@ -109,13 +120,20 @@ class _Run:
     def run(self) -> History:
         # Streams, graphs and kernels are of the current GPU, which need not be the one that was asked for.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            return self._train()
+            if self.checkpoint is None:
+                return self._train()
+            if self.checkpoint.kept is not None:
+                self._go_on_from(self.checkpoint.kept)
+                self.checkpoint.kept = None  # as large as the model, three times
+            with stop_signals() as told:
+                return self._train(self.checkpoint.step, told)
 
-    def _train(self) -> History:
+    def _train(self, first: int = 0, told: Callable[[], bool] = lambda: False) -> History:
+        """Take the steps after the `first`; `told` says whether to stop."""
         config = self.config
         self.model.train()
         self.started = time.perf_counter()
-        for step in range(config.steps):
+        for step in range(first, config.steps):
             rate = learning_rate(step, config)
             self._step(step, rate)
             done = step + 1
@@ -128,7 +146,35 @@ class _Run:
                 if evaluate:
                     self._evaluate(done)
                 self._report(done, rate)
+            if self.checkpoint is not None and done < config.steps and (told() or self.checkpoint.due):
+                self._keep(done, self.checkpoint)
+                if told():
+                    raise KeyboardInterrupt
         return self.history
+
+    def _keep(self, done: int, checkpoint: Checkpoint) -> None:
+        """Write all that the steps to come depend on, unless a step's update was not finite."""
+        pending = torch.stack(self.pending).cpu() if self.pending else torch.empty(0, 2)  # waits for the device
+        self._count()
+        self._check_finite(done, pending)
+        kept = Kept(
+            step=done,
+            model=self.model.state_dict(),
+            optimiser=self.optimiser.state_dict()["state"],
+            generator=self.generator.get_state(),
+            pending=pending,
+            history=self.history.to_dict(),
+        )
+        checkpoint.write(kept)
+        self.started = time.perf_counter()
+
+    def _go_on_from(self, kept: Kept) -> None:
+        self.model.load_state_dict(kept.model)
+        groups = self.optimiser.state_dict()["param_groups"]  # what they say is of the config
+        self.optimiser.load_state_dict({"state": kept.optimiser, "param_groups": groups})
+        self.generator.set_state(kept.generator)
+        self.pending = list(kept.pending.to(self.device))
+        self.history = dataclasses.replace(History.from_dict(kept.history), device=str(self.device))
 
     def _step(self, step: int, rate: float) -> None:
         batch = self.task.batch(step, self.config.batch_size, self.generator)
@@ -155,31 +201,35 @@ class _Run:
             torch.cuda.synchronize(self.device)
         self.started, self.tokens = time.perf_counter(), 0
 
+    def _count(self) -> None:
+        """Add the time and the tokens since the last count to the history."""
+        self.history.seconds += time.perf_counter() - self.started
+        self.history.tokens += self.tokens
+        self.started, self.tokens = time.perf_counter(), 0
+
     def _write_point(self, done: int, rate: float) -> None:
         numbers = torch.stack(self.pending).cpu()  # waits for the device
-        history = self.history
-        history.seconds += time.perf_counter() - self.started
-        history.tokens += self.tokens
-        self.started, self.tokens = time.perf_counter(), 0
-        first = done - len(self.pending) + 1
+        self._count()
         self.pending.clear()
-        for offset, (loss, norm) in enumerate(numbers.tolist()):
-            self._check_finite(first + offset, loss, norm)
+        self._check_finite(done, numbers)
         means = numbers.double().mean(0).tolist()
+        history = self.history
         history.steps.append(done)
         history.loss.append(means[0])
         history.grad_norm.append(means[1])
         history.lr.append(rate)
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        for what, value in (("the loss", loss), ("the norm of the gradient", norm)):
-            if not abs(value) < float("inf"):  # also for NaN
-                rate = learning_rate(step - 1, self.config)
-                raise DivergedError(
-                    f"step {step} of {self.config.steps}: {what} is {value} (learning rate {rate:.3g}, clip "
-                    f"{self.config.clip:g}); a lower lr or a longer warmup usually helps",
-                    step,
-                )
+    def _check_finite(self, done: int, numbers: Tensor) -> None:
+        """Refuse a loss or gradient norm, `numbers [n, 2]` of the n steps up to `done`, that is not finite."""
+        for step, row in enumerate(numbers.tolist(), done - len(numbers) + 1):
+            for what, value in zip(("the loss", "the norm of the gradient"), row, strict=True):
+                if not abs(value) < float("inf"):  # also for NaN
+                    rate = learning_rate(step - 1, self.config)
+                    raise DivergedError(
+                        f"step {step} of {self.config.steps}: {what} is {value} (learning rate {rate:.3g}, clip "
+                        f"{self.config.clip:g}); a lower lr or a longer warmup usually helps",
+                        step,
+                    )
 
     def _evaluate(self, done: int) -> None:
         with evaluating(self.model), self.config.autocast():

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -8,8 +10,8 @@ import torch
 from hybridzoo import training
 from hybridzoo.architectures import build_model, load_spec
 from hybridzoo.cli import train as train_module
-from hybridzoo.cli.runs import RECORD, SPEC, WEIGHTS, load_run, save_run
-from hybridzoo.training import Progress
+from hybridzoo.cli.runs import RECORD, SPEC, WEIGHTS, is_run, load_run, save_run
+from hybridzoo.training import train
 
 QUICK = ["--steps", "3", "--batch-size", "2", "task.length=32", "task.examples=4", "task.quick_examples=2"]
 
@@ -177,17 +179,53 @@ def test_a_gpu_that_is_not_there_is_found_before_training(run, tiny, monkeypatch
         assert not (tiny.parent / "runs").exists()
 
 
-def test_an_interrupted_training_says_how_far_it_came_and_that_nothing_is_kept(run, tiny, text, monkeypatch):
-    def interrupted(model, task, config, on_progress):
-        on_progress(Progress(2, config.steps, 5.0, 1.0, 1e-3, 100.0, {}, False))
+def test_an_interrupted_training_goes_on_with_the_same_command(run, tiny, text, monkeypatch):
+    def interrupted(model, task, config, on_progress, checkpoint):
+        def stop(progress):
+            on_progress(progress)
+            if progress.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return train(model, task, config, stop, checkpoint)
+
+    words = ("train", tiny, *QUICK, f"task.folder={text}")
+    whole = json.loads(run(*words, "--out", "runs/whole", "--json").stdout)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train", interrupted)
+        result = run(*words, "--out", "runs/a", ok=False)
+    assert result.exit_code == 130
+    assert "interrupted; saved after step 2 of 3, and the same command goes on from there" in result.stderr
+    folder = tiny.parent / "runs" / "a"
+    assert [path.name for path in folder.iterdir()] == ["unfinished.pt"]
+    other = run(*words, "train.lr=0.5", "--out", "runs/a", ok=False)
+    assert other.exit_code != 0
+    assert "train.lr is 0.001 there, 0.5 here; give another --out, or --overwrite to start anew" in other.stderr
+    result = run(*words, "--out", "runs/a", "--json")
+    assert "going on after step 2 of 3, as runs/a/unfinished.pt has it" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["metrics"] == whole["metrics"]
+    assert found["history"]["loss"] == whole["history"]["loss"]
+    assert not (folder / "unfinished.pt").exists()
+
+
+def test_overwrite_starts_a_stopped_training_anew(run, tiny, text):
+    folder = tiny.parent / "runs" / "a"
+    folder.mkdir(parents=True)
+    (folder / "unfinished.pt").write_text("damaged")
+    words = ("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a")
+    assert "not a run that was kept, or damaged" in run(*words, ok=False).stderr
+    assert "going on" not in run(*words, "--overwrite").stderr
+    assert is_run(folder)
+
+
+def test_one_that_is_interrupted_before_anything_was_saved_says_so(run, tiny, text, monkeypatch):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", interrupted)
     result = run("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a", ok=False)
     assert result.exit_code == 130
-    assert "interrupted after step 2 of 3; nothing was saved" in result.stderr
-    assert not list(tiny.parent.glob("runs/a/*"))
-    assert "keeps nothing" in " ".join(run("train", "--help").stdout.split())
+    assert result.stderr.endswith("error: interrupted before anything was saved\n")
 
 
 def test_a_model_is_not_saved_among_a_study_s_results(run, tiny, text):
