@@ -17,12 +17,16 @@ import typer
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 # Commands that only print, quickly: these are run, not just looked up.
 QUICK = {"list", "show", "--version", "--help"}
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def written(request, tmp_path, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("written", PAGES, ids=lambda page: page.name, indirect=True)
+@pytest.mark.parametrize("written", PAGES, ids=named, indirect=True)
 def test_the_python_on_a_page_runs(written):
     # All of it is one script, in a process of its own: what a page registers is gone afterwards. Every other line is
     # left empty, so that a traceback names the line of the page.
@@ -108,9 +112,18 @@ def test_a_command_on_a_page_exists(written, command):
         assert words[0] in {"git", "cd", "pip", "source", "pytest", "python"}, f"a reader cannot run '{command}'"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors_of(page):
+    """What a link may name on a page: its headings, as they become anchors."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_link_leads_somewhere(page):
-    text = FENCE.sub("", page.read_text())
-    local = [link.split("#")[0] for link in LINK.findall(text) if not re.match(r"\w+:|#", link)]
-    missing = [link for link in local if not (page.parent / link).exists()]
-    assert not missing
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
