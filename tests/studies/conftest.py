@@ -1,13 +1,15 @@
-"""A study's plan and results made up from a few numbers, so that reports are tested without training."""
+"""A study's plan and results made up from a few numbers, and one that was run: what tests of reports and runs read."""
 
 from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from small_study import SMALL, run, scores
 
 from hybridzoo.studies.plan import Plan
 from hybridzoo.studies.stack import Kind, Stack
@@ -151,3 +153,24 @@ def build(rows=ROWS, seeds=(0, 1), noise=0.01, excluded=(), hold=True) -> tuple[
         trials=tuple(trials),
     )
     return plan, results
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done, _ = run(SMALL, folder)
+    assert (done.finished, done.reused, done.failed) == (4, 0, ())
+    return folder
+
+
+@pytest.fixture
+def finished(undisturbed):
+    """What an undisturbed run gives."""
+    return scores(undisturbed)
+
+
+@pytest.fixture
+def folder(undisturbed, tmp_path):
+    """A copy of the undisturbed run, for something to happen to."""
+    return shutil.copytree(undisturbed, tmp_path / "run")
