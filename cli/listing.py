@@ -97,8 +97,14 @@ def _list_mixers(imports: list[str] | None, as_json: bool) -> None:
 def _list_words(name: str, imports: list[str] | None, as_json: bool) -> None:
     with working("reading the registry"):
         names.import_own(imports)
-        from hybridzoo.mixers.registry import get_entry, said
-    entry = get_entry(name, "hybridzoo list")
+        from hybridzoo.mixers.registry import get_entry, parse_mixer, said
+        from hybridzoo.mixers.schema import unknown
+    place = "hybridzoo list"
+    name, given = parse_mixer(name, place)
+    entry = get_entry(name, place)
+    for key in given:
+        if key not in entry.words:
+            raise unknown(f"{place}: {name}", "word", key, entry.words)
     if as_json:
         print_json(_entry(entry))
         return
@@ -109,6 +115,8 @@ def _list_words(name: str, imports: list[str] | None, as_json: bool) -> None:
     table.add_column("meaning")
     for key, word in entry.words.items():
         default = "[dim]required[/]" if word.required else said(word.default)
+        if key in given:
+            default = f"[bold]{escape(said(given[key]))}[/] [dim](of itself {default})[/]"
         table.add_row(key, default, word.type.removeprefix("one of "), escape(word.meaning))
     console = stdout()
     console.print(f"[bold]{entry.name}[/]: {entry.summary} [dim]({entry.source})[/]")
@@ -201,7 +209,9 @@ def list_studies(as_json: bool) -> None:
 
 def _parts(study: Study) -> dict[str, list[Any]]:
     """What is trained: each stack on each task from each seed."""
-    return {"stacks": list(study.stacks), "tasks": list(study.tasks), "seeds": list(study.seeds)}
+    from hybridzoo.studies.plan import listed_stacks
+
+    return {"stacks": listed_stacks(study), "tasks": list(study.tasks), "seeds": list(study.seeds)}
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

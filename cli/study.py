@@ -131,7 +131,7 @@ def run_command(
         console = stdout()
         reused = f", {run.reused} more were there already" if run.reused else ""
         if run.finished or run.reused:
-            expected = "" if run.estimated is None else f" (estimated: {format_seconds(run.estimated)})"
+            expected = "" if run.estimated is None else f" (estimated, with planning: {format_seconds(run.estimated)})"
             console.print(f"{format_count(run.finished, 'trial')} in {format_seconds(run.seconds)}{expected}{reused}")
         if report is not None:
             console.print(f"report: [bold]{report}[/]", soft_wrap=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EPILOG = """[bold]Examples[/]
 
-hybridzoo train carve-hybrid-tiny --steps 50 --batch-size 4 task.length=64
+hybridzoo train carve-hybrid-tiny --steps 50 --batch-size 4 task.length=128
 
 hybridzoo train carve-hybrid-tiny "layers=(c*7 a)" train.lr=3e-3 task.length=512
 

@@ -204,7 +204,10 @@ def _compared(budget: str, task: str, matched: Sequence[tuple[Cell, Cell]], seed
     found: list[tuple[Cell, Cell, Summary | None]] = []
     for first, second in matched:
         seeds = [seed for seed in first.seeds if seed in second.seeds] if seeded else []
-        apart = difference(_in_order(second, seeds), _in_order(first, seeds)) if seeds else None
+        apart = None
+        if seeds:  # shown are the scores that are compared: of the seeds that both have
+            first, second = first.of_seeds(seeds), second.of_seeds(seeds)
+            apart = difference(_in_order(second, seeds), _in_order(first, seeds))
         found.append((first, second, apart))
     tested = [i for i, (_, _, apart) in enumerate(found) if apart is not None and apart.n >= SEEDS]
     p = dict(

@@ -133,14 +133,25 @@ def _ratio_panel(axes: Any, findings: Findings, task: str, drawn: dict[str, Look
     for name, (colour, style) in _curve_looks(findings, task, drawn).items():
         xs = [places[cell.stack.label] for cell in curves[name]]
         axes.plot(xs, [cell.mean for cell in curves[name]], color=colour, linewidth=1.6, linestyle=style, zorder=2)
-    # Wide intervals of few seeds must not press the means together: the axis is that of the scores, and bars leave it.
     seen = scores(cells)
-    margin = 0.12 * (max(seen) - min(seen) or 0.1 * abs(max(seen)) or 1)
-    axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    axes.set_ylim(*_limits(seen, [end for cell in cells for end in _interval(shown, cell) or ()]))
     for cell in reversed(cells):  # the study's first on top
         point(axes, places[cell.stack.label], cell.scores, drawn[cell.stack.label], _interval(shown, cell))
     value_axis(axes, shown, seen)
     chance(axes, shown)
+
+
+def _limits(seen: Sequence[float], ends: Iterable[float]) -> tuple[float, float]:
+    """An axis that shows every score, and intervals that reach not too far beyond them.
+
+    Wide ones of few seeds must not press the means together: their bars leave the panel.
+    """
+    low, high = min(seen), max(seen)
+    span = high - low or 0.1 * abs(high) or 1
+    reached = [end for end in ends if low - span / 2 <= end <= high + span / 2]
+    return min([low - 0.12 * span, *(end - 0.03 * span for end in reached)]), max(
+        [high + 0.12 * span, *(end + 0.03 * span for end in reached)]
+    )
 
 
 def _interval(shown: Shown, cell: Cell) -> tuple[float, float] | None:

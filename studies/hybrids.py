@@ -55,7 +55,10 @@ class Hybrid:
         try:
             share = Fraction(str(self.ratio))
         except (ValueError, ZeroDivisionError):
-            raise SpecError(f".ratio: expected a share such as 1/4 or 0.25, got '{self.ratio}'") from None
+            raise SpecError(
+                f".ratio: expected a share such as 1/4 or 0.25, got '{self.ratio}'; three recurrent layers to one of "
+                "attention are 1/4"
+            ) from None
         if not 0 <= share <= 1:
             raise SpecError(f".ratio: must be a share from 0 to 1, got {self.ratio}")
         count = share * self.layers

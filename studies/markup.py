@@ -51,14 +51,12 @@ def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>'
 
 
-def figure(stem: str, png: bytes, caption: str, behind: str = "") -> str:
+def figure(stem: str, png: bytes, caption: str = "", behind: str = "") -> str:
     """Return a picture within the page, its caption, and `behind`, links to the numbers it is drawn from."""
     encoded = base64.b64encode(png).decode("ascii")
     alt = stem.replace("--", ", ").replace("-", " ")
-    return (
-        f'<figure>\n<img alt="{escape(alt)}" src="data:image/png;base64,{encoded}">\n'
-        f"<figcaption>{escape(caption)}</figcaption>\n{behind}</figure>"
-    )
+    under = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
+    return f'<figure>\n<img alt="{escape(alt)}" src="data:image/png;base64,{encoded}">\n{under}{behind}</figure>'
 
 
 def links(tables: Mapping[str, Table], *stems: str) -> str:

@@ -140,13 +140,21 @@ def _found(findings: Findings) -> str:
 
 
 def _pairs(findings: Findings, tables: Mapping[str, Table]) -> str:
-    found = {task: pair_rows(findings, task) for task in findings.plan.shown}
-    said = [f"<h3>{escape(task)}</h3>\n{table_of(PAIRS, rows)}" for task, rows in found.items() if rows]
-    if not said:
+    found = {task: rows for task in findings.plan.shown if (rows := pair_rows(findings, task))}
+    if not found:
         return ""
+    place = PAIRS.index("at attention")
+    shares = {row[place] for rows in found.values() for row in rows}
+    heads, alike = list(PAIRS), len(shares) == 1
+    if alike:  # said once, not in every row
+        found = {task: [[*row[:place], *row[place + 1 :]] for row in rows] for task, rows in found.items()}
+        del heads[place]
+    said = [f"<h3>{escape(task)}</h3>\n{table_of(heads, rows)}" for task, rows in found.items()]
+    at = f", {next(iter(shares))}" if alike else ""
     about = (
-        "<p>Every two mixers at the shares of attention that both were mixed with: the mean over these, seed by seed, "
-        "and the paired t test of their difference. Above 0 the first is better.</p>"
+        f"<p>Every two mixers at the shares of attention that both were mixed with{at}: the mean over these, seed by "
+        "seed. Above 0 the first is better, also where a lower score is. An interval is of its pair alone; two are "
+        "told apart where the paired t test is significant at 5 % after Holm's correction for a task's pairs.</p>"
     )
     return "\n".join([about, *said, links(tables, "mixers")])
 
@@ -159,8 +167,9 @@ def _by_level(findings: Findings, tables: Mapping[str, Table]) -> str:
     said = []
     for task, shown in findings.plan.shown.items():
         if shown.percent and (rows := level_rows(findings, task)):
-            heads = ["attention beside", *(f"best ratio at {level:,} {shown.level_axis}" for level, _ in shown.levels)]
-            said.append(f"<h3>{escape(task)}: the best ratio at each difficulty</h3>\n{table_of(heads, rows)}")
+            heads = ["attention beside", *(f"{level:,}" for level, _ in shown.levels)]
+            title = f"{task}: the best ratio (95 % interval) by {shown.level_axis}"
+            said.append(f"<h3>{escape(title)}</h3>\n{table_of(heads, rows)}")
     return "\n".join([*said, links(tables, "optima")]) if said else ""
 
 
@@ -213,7 +222,11 @@ _CAPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def _figures(pictures: Mapping[str, bytes], tables: Mapping[str, Table], kind: str) -> str:
     caption, behind = _CAPTIONS[kind]
     wanted = {stem: content for stem, content in pictures.items() if stem.partition("-")[0] == kind}
-    return "\n".join(figure(stem, content, caption, links(tables, *behind)) for stem, content in wanted.items())
+    if not wanted:
+        return ""
+    said = caption if len(wanted) == 1 else ""  # of several each names its task itself
+    shown = "\n".join(figure(stem, content, said, links(tables, *behind)) for stem, content in wanted.items())
+    return shown if said else f"<p>{escape(caption)}</p>\n{shown}"
 
 
 def _training(findings: Findings, drawn: str) -> str:
@@ -305,7 +318,10 @@ def _rates(findings: Findings) -> str:
         rows.append([BUDGET_WORDS.get(row["budget"], "–"), row["task"], row["stack"], told, scores])
     if not rows:
         return ""
-    said = "<p>Each stack's own, by the best mean score of short pilots, before the trials that are reported.</p>"
+    said = (
+        "<p>Each stack's own, by the best mean score of pilots, which train as long as trials do. A pilot at the rate "
+        "that was chosen is the trial of its seed: this seed's score is the best of as many as there are rates.</p>"
+    )
     return said + "\n" + folded("All of them", table_of(["equal", "task", "stack", "rate", "pilots"], rows))
 
 

@@ -139,6 +139,13 @@ class Plan:
         )
 
 
+def listed_stacks(study: Study) -> list[str]:
+    """Return the labels of what a study compares, each stack once; those that miss a budget are still among them."""
+    vocabulary = 256  # of any size: what is alike is so with every one
+    declared, _ = listed_once(study.crossings, {label: _resolve(study, label, vocabulary) for label in study.stacks})
+    return list(declared)
+
+
 def make_plan(study: Study, imports: Sequence[str] = ()) -> Plan:
     """Resolve every stack, meet each budget, and list the trials, seeds outermost so that an early stop leaves pairs.
 

@@ -14,7 +14,7 @@ from hybridzoo.studies.comparisons import SEEDS
 from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
 from hybridzoo.studies.optimum import Optimum
 from hybridzoo.studies.solve import BUDGET_WORDS
-from hybridzoo.studies.stats import spread
+from hybridzoo.studies.stats import last_points, spread
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.studies.verdicts import (
     GUESSES,
@@ -78,7 +78,7 @@ def headline(findings: Findings, task: str, ratios: bool = True) -> list[str]:
     if _lone(ranked):
         said.append("With one seed nothing says how far chance moves a score, so no order of stacks is established.")
     elif ties := ranking(ranked, shown.maximise).ties:
-        said.append(f"From the best, these seeds do not separate {joined([cell.stack.label for cell in ties])}.")
+        said.append(_not_told(ranked, ties))
     for name, curve in families(ranked).items() if ratios else ():
         said += _ratio(shown, name, curve)
     said += [order_sentence(order) for order in hybrid_orders(findings, task)]
@@ -87,6 +87,17 @@ def headline(findings: Findings, task: str, ratios: bool = True) -> list[str]:
     if guessing:
         said.append(f"Under {GUESSES} times guessing ({guess}): {joined(guessing)}.")
     return said
+
+
+def _not_told(ranked: Sequence[Cell], ties: Sequence[Cell]) -> str:
+    """Name the stacks that the seeds do not tell from the best, or the others where these are fewer."""
+    tied = [cell.stack.label for cell in ties]
+    apart = [cell.stack.label for cell in ranked[1:] if cell.stack.label not in tied]
+    if not apart and len(tied) > 1:
+        return "From the best, these seeds separate none of the others."
+    if len(apart) < len(tied) - 1:
+        return f"From the best, these seeds separate {joined(apart)}, and none of the others."
+    return f"From the best, these seeds do not separate {joined(tied)}."
 
 
 def _incomplete(findings: Findings, task: str, compared: Sequence[Cell]) -> list[str]:
@@ -321,10 +332,14 @@ def training_notes(findings: Findings, task: str) -> list[str]:
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
     moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
     still = [f"{cell.stack.label} (by {gap(shown, gain)})" for cell, gain in moving if gain > threshold]
-    compared = "the last fifth of training against the fifth before it"
+    steps = cells[0].curve(shown.metric)[0]
+    points = last_points(len(steps))
+    later, before = (joined(list(map(str, some))) for some in (steps[-points:], steps[-2 * points : -points]))
+    compared = f"from step{'s' * (points > 1)} {before} to {later}"
     if not still:
-        return [f"On {task}, no stack improved by more than {gap(shown, threshold)}, {compared}."]
+        return [f"On {task} no stack improved by more than {gap(shown, threshold)} {compared} and was still rising."]
+    named = "all of them" if len(still) == len(findings.of(task)) and len(still) > 4 else joined(still)
     return [
-        f"On {task}, still improving, {compared}: {joined(still)}. Their scores are what this budget gives, not what "
-        "they can reach."
+        f"On {task} still improving at the end, by what they gained {compared}: {named}. Their scores are what this "
+        "budget gives, not what they can reach."
     ]

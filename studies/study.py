@@ -371,7 +371,9 @@ def _cross(
         path for path in axes if path in HYBRID_AXES and all(path not in one.chosen for one in crossings.values())
     ]
     for path in unused:
-        raise SpecError(f".axes.{path}: is an axis of hybrids, and no stack is one: {_HYBRID_FORM}")
+        raise SpecError(
+            f".axes.{path}: is an axis of hybrids, and no stack is one; a hybrid is written as in {_HYBRID_FORM}"
+        )
     return crossed, crossings
 
 

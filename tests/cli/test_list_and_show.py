@@ -6,7 +6,7 @@ import pytest
 from hybridzoo.architectures import account, list_specs, load_spec
 from hybridzoo.mixers import list_mixers
 from hybridzoo.mixers.softmax import BACKENDS
-from hybridzoo.studies import list_studies, load_study
+from hybridzoo.studies import list_studies, load_study, make_plan
 
 SPECS = [name for name in list_specs() if name.endswith("tiny")]
 
@@ -71,10 +71,18 @@ def test_studies_are_listed_with_what_they_are_about_and_what_they_train(run, mo
     lines = {line.split()[0]: line for line in run("study", "list").stdout.splitlines() if line.split()}
     for row in rows:
         study = load_study(row["name"])
-        counts = [len(part) for part in (study.stacks, study.tasks, study.seeds)]
+        listed = [stack.label for stack in make_plan(study).stacks]
+        counts = [len(part) for part in (listed, study.tasks, study.seeds)]
         assert lines[row["name"]].split()[-3:] == [str(number) for number in counts]
         assert study.about in lines[row["name"]]
-        assert row["stacks"] == list(study.stacks)
+        assert row["stacks"] == listed
+
+
+def test_a_mixer_with_words_is_listed_with_what_they_change(run):
+    lines = {line.split()[0]: line for line in run("list", "carve[erase=token]").stdout.splitlines() if line.split()}
+    assert re.match(r" *erase +token \(of itself content\)", lines["erase"])
+    assert "of itself" not in lines["predict"]
+    assert "unknown word 'eras' (did you mean 'erase'?)" in run("list", "carve[eras=token]", ok=False).stderr
 
 
 def test_every_backend_is_listed_with_what_it_does_here_or_why_it_is_refused(run, monkeypatch):

@@ -218,7 +218,7 @@ def test_a_run_says_what_it_will_take_before_it_starts_and_what_was_expected_aft
     done = run("study", "run", study, "--engine", "here")
     before = done.stderr.partition("[1/2]")[0]
     assert "for 2 trials: timed a few steps of" in before
-    assert "(estimated: " in done.stdout
+    assert "(estimated, with planning: " in done.stdout
 
 
 @pytest.mark.parametrize(

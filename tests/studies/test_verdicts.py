@@ -135,6 +135,16 @@ def test_budgets_are_compared_on_the_stacks_that_both_have():
     assert "The order of 13 stacks at equal parameters against that at equal inference memory: Kendall's tau" in words
 
 
+def test_the_stacks_that_are_not_told_from_the_best_are_named_or_the_few_that_are():
+    def three_apart(task, family, ratio, place, budget):
+        return 0.2 if ratio == 0 else 0.9
+
+    words = " ".join(headline(findings_of(three_apart, noise=0.0005), "recall"))
+    assert re.search(r"these seeds separate ((carve|gdn2|mamba2) alone(, | and |)){3}, and none of the others\.", words)
+    words = " ".join(headline(findings_of(rising, families=("carve",), noise=0.0005), "recall"))
+    assert "do not separate" not in words
+
+
 def test_the_best_ratio_is_found_at_every_difficulty():
     """What is best at the trained difficulty may be worst at another."""
     plan, results = made_up(rising, families=("carve",), noise=0.001)
@@ -151,7 +161,7 @@ def test_the_best_ratio_is_found_at_every_difficulty():
     assert level_optima(findings, "text") == {}
     table = [row for row in rows(findings, "optima") if row["task"] == "recall"]
     assert [(row["level"], row["best_measured_ratio"]) for row in table] == [("", "1.0"), ("32", "1.0"), ("64", "0.0")]
-    assert "the best ratio at each difficulty" in page(findings, {}, every_table(findings), [])
+    assert "recall: the best ratio (95 % interval) by" in page(findings, {}, every_table(findings), [])
     del results[0]["metrics"]["accuracy_64"]
     assert set(level_optima(gather(plan, results), "recall")) == {32}
 
