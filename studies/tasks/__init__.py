@@ -7,6 +7,7 @@ from hybridzoo.studies.tasks.answers import AnswerTask, LengthConfig, PairsConfi
 from hybridzoo.studies.tasks.base import Shown, StudyTask, build_task, list_tasks, register_task
 from hybridzoo.studies.tasks.byte_lm import ByteLm, ByteLmConfig
 from hybridzoo.studies.tasks.copying import Copy, CopyConfig
+from hybridzoo.studies.tasks.language import LanguageConfig, LanguageTask
 from hybridzoo.studies.tasks.mad import (
     Compression,
     CompressionConfig,
@@ -20,6 +21,7 @@ from hybridzoo.studies.tasks.mqar import Mqar, MqarConfig
 from hybridzoo.studies.tasks.niah import Niah, NiahConfig
 from hybridzoo.studies.tasks.overwrite import Overwrite, OverwriteConfig
 from hybridzoo.studies.tasks.state_tracking import StateTracking, StateTrackingConfig
+from hybridzoo.studies.tasks.token_lm import TokenLm, TokenLmConfig
 
 __all__ = [
     "AnswerTask",
@@ -31,6 +33,8 @@ __all__ = [
     "CopyConfig",
     "FuzzyRecall",
     "FuzzyRecallConfig",
+    "LanguageConfig",
+    "LanguageTask",
     "LengthConfig",
     "Memorisation",
     "MemorisationConfig",
@@ -49,6 +53,8 @@ __all__ = [
     "StateTracking",
     "StateTrackingConfig",
     "StudyTask",
+    "TokenLm",
+    "TokenLmConfig",
     "build_task",
     "list_tasks",
     "register_task",

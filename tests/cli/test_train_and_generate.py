@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import signal
@@ -206,6 +207,17 @@ def test_an_interrupted_training_goes_on_with_the_same_command(run, tiny, text, 
     assert found["metrics"] == whole["metrics"]
     assert found["history"]["loss"] == whole["history"]["loss"]
     assert not (folder / "unfinished.pt").exists()
+
+
+def test_token_files_are_trained_on_with_their_own_vocabulary(run, tiny):
+    torch.arange(600, dtype=torch.int32).numpy().tofile(tiny.parent / "tokens.bin")
+    words = ["task.train_file=tokens.bin", "task.validation_file=tokens.bin", "task.dtype=int32", "task.vocab_size=600"]
+    result = run("train", tiny, "--task", "tokens", *QUICK, *words, "--out", "runs/a", "--json")
+    record = json.loads(result.stdout)
+    assert load_spec(tiny.parent / "runs" / "a" / SPEC).vocab_size == 600
+    assert record["metrics"]["nats_per_token"] == pytest.approx(math.log(600), rel=0.2)
+    refused = run("generate", tiny.parent / "runs" / "a", "--prompt", "def ", ok=False)
+    assert "600" in refused.stderr
 
 
 def test_overwrite_starts_a_stopped_training_anew(run, tiny, text):

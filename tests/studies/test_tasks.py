@@ -177,7 +177,7 @@ def test_a_task_on_other_text_has_another_fingerprint(tmp_path):
             "tasks.t.curriculum: a stage of pairs 40 is harder",
         ),
         ({"type": "mqar", "curriculum": [{"pairs": 4}]}, r"tasks.t.curriculum\[0\]: missing 'steps'"),
-        ({"type": "bytes", "length": 1}, "tasks.t.length: a window needs at least 2 bytes"),
+        ({"type": "bytes", "length": 1}, "tasks.t.length: a window needs at least 2 tokens"),
         ({"type": "bytes", "length": "long"}, "tasks.t.length: expected integer, got 'long'"),
     ],
 )
