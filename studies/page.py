@@ -129,13 +129,22 @@ def _header(findings: Findings) -> str:
     )
 
 
+_TWO_QUESTIONS = (
+    "The interval is of where curves redrawn over the seeds are best; what is not told from the best is asked of each "
+    "ratio by the paired t test. So a ratio may be within the one and not among the others."
+)
+
+
 def _found(findings: Findings) -> str:
-    said = []
+    said, tables = [], ""
     for task in findings.plan.shown:
         rows = curve_rows(findings, task)
         crowded = len(rows) > 2  # sentences of so many curves are no longer read
         table = table_of(CURVES, rows) if crowded else ""
+        tables += table
         said.append(f"<h3>{escape(task)}</h3>\n{bullets(headline(findings, task, ratios=not crowded))}{table}")
+    if tables:
+        said.append(f"<p>{escape(_TWO_QUESTIONS)}</p>")
     return "\n".join(said)
 
 
