@@ -11,10 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hybridzoo.studies.canvas import new_figure
+from hybridzoo.studies.canvas import image_of, new_figure
 from hybridzoo.studies.compare import Pair, SideBySide, pair_table
 from hybridzoo.studies.markup import bullets, document, figure, links, listed, section, table_of
-from hybridzoo.studies.report import image_of
 from hybridzoo.studies.results import write_text
 from hybridzoo.studies.sentences import gap, place_of, score
 from hybridzoo.studies.solve import BUDGET_WORDS

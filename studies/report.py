@@ -6,12 +6,11 @@ May import nothing above studies.
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from hybridzoo.studies.canvas import image_of
 from hybridzoo.studies.figures import draw_all
 from hybridzoo.studies.findings import Findings, gather
 from hybridzoo.studies.page import page
@@ -59,16 +58,6 @@ def write_report(folder: str | os.PathLike[str], findings: Findings | None = Non
     _remove_others(root / FIGURES, {f"{stem}.{kind}" for stem in pictures for kind in ("png", "svg")})
     write_text(root / REPORT, page(findings, pictures, tables, asides))
     return root / REPORT
-
-
-def image_of(figure: Any, kind: str) -> bytes:
-    """Return a figure as a file of that kind, `png` or `svg`: the same figure gives the same file."""
-    content = io.BytesIO()
-    # No date and no version inside.
-    figure.savefig(
-        content, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    )
-    return content.getvalue()
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:

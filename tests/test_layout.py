@@ -22,7 +22,7 @@ OUTSIDE = {
     "blocks": {"torch"},
     "architectures": {"torch", "omegaconf", "yaml", "transformers", "safetensors"},
     "training": {"torch", "omegaconf", "rich", "safetensors", "tensorboard"},
-    "studies": {"torch", "numpy", "omegaconf", "rich", "safetensors", "matplotlib", "ray", "yaml"},
+    "studies": {"torch", "numpy", "PIL", "omegaconf", "rich", "safetensors", "matplotlib", "ray", "yaml"},
     "cli": {"torch", "omegaconf", "rich", "safetensors", "typer", "click", "yaml"},
 }
 MODULES = sorted(path for folder in ORDER for path in (ROOT / folder).rglob("*.py"))

@@ -5,7 +5,6 @@ The one renderer of all probes: they hand over plain data. Pictures need matplot
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from hybridzoo.studies.canvas import image_of
 from hybridzoo.studies.environment import environment
 from hybridzoo.studies.results import write_bytes, write_json, write_text
 from hybridzoo.studies.style import INK, SOFT, legend_below, styled
@@ -96,7 +96,7 @@ def write_results(folder: str | os.PathLike[str], results: Sequence[Result], set
     """
     root = Path(folder)
     with styled():
-        pictures = {result.name: _png(draw(result)) for result in results if result.panels}
+        pictures = {result.name: image_of(draw(result), "png") for result in results if result.panels}
     for result in results:
         for stem, table in result.tables.items():
             write_text(root / f"{result.name}-{stem}.csv", table.to_csv())
@@ -180,9 +180,3 @@ def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str], handles: dict[
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
-
-
-def _png(figure: Any) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})  # no version inside: same numbers, same file
-    return content.getvalue()
