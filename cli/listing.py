@@ -102,9 +102,11 @@ def _list_words(name: str, imports: list[str] | None, as_json: bool) -> None:
     place = "hybridzoo list"
     name, given = parse_mixer(name, place)
     entry = get_entry(name, place)
-    for key in given:
+    for key, value in given.items():
         if key not in entry.words:
             raise unknown(f"{place}: {name}", "word", key, entry.words)
+        if (choices := entry.words[key].choices) and value not in choices:
+            raise unknown(f"{place}: {name}.{key}", "value", said(value), map(said, choices))
     if as_json:
         print_json(_entry(entry))
         return

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,8 @@ def train_command(
     ] = 5.0,
     imports: names.Imports = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier result in that folder, or one that was stopped.")
+        bool,
+        typer.Option("--overwrite", help="Replace a result in that folder, or a stopped run of another kind."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the run as data.")] = False,
 ) -> None:
@@ -84,7 +86,7 @@ def train_command(
 
     A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on from where it was last saved.
     """
-    from hybridzoo.cli.runs import RECORD, is_run, require_safetensors, save_run
+    from hybridzoo.cli.runs import RECORD, is_run, require_safetensors
 
     require_safetensors()
     if tensorboard:
@@ -92,17 +94,12 @@ def train_command(
 
         require_tensorboard()
     with working("loading torch and the spec"):
-        import torch
-
-        from hybridzoo.architectures import build_model
         from hybridzoo.mixers.schema import SpecError
         from hybridzoo.studies.plan import too_long, trained_length
         from hybridzoo.studies.runner import PLAN
         from hybridzoo.studies.study import may_name_a_folder
         from hybridzoo.studies.tasks import build_task
         from hybridzoo.studies.trial import slug
-        from hybridzoo.training import Checkpoint, CheckpointError
-        from hybridzoo.training.units import count
 
         names.import_own(imports)
         sorted_words = _sort(overrides or [])
@@ -118,47 +115,96 @@ def train_command(
     folder = out or Path("runs") / f"{stem}-{task}"
     if (folder / PLAN).exists():
         raise fail(f"{folder} holds a study's run ({PLAN}); give another --out")
-    if is_run(folder) and not overwrite:
+    unfinished = folder / UNFINISHED
+    complete = is_run(folder) and (folder / RECORD).exists()
+    if complete and unfinished.exists() and unfinished.stat().st_mtime < (folder / RECORD).stat().st_mtime:
+        unfinished.unlink()  # of this very result: the process ended before it could
+    if complete and not overwrite:
         raise fail(f"{folder} holds a trained model already; give another --out, or --overwrite")
     config.resolve_device()  # what is not there is found now, and so is a folder that cannot be
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / UNFINISHED
-    if overwrite:
-        unfinished.unlink(missing_ok=True)
-    settings = {"spec": resolved.to_dict(), "task": task_words}
+    run = _Run(folder, resolved, built, task_words, config)
+    with _held(folder):
+        checkpoint = _checkpoint(run, 60 * save_every, overwrite)
+        record = _trained(run, checkpoint, tensorboard)
+    if as_json:
+        print_json({"folder": str(folder), **record})
+        return
+    console = stdout()
+    console.print(f"[bold green]{_score(built, record['metrics'])}[/] on held-out data, in {record['seconds']:.0f} s")
+    console.print(f"weights, spec and record ({RECORD}) are in [bold]{folder}[/]", soft_wrap=True)
+    if resolved.vocab_size == 256 and task == "bytes":
+        console.print(f'next: [bold]hybridzoo generate {folder} --prompt "def "[/]', soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained, and the folder for it; `words` are the task's, as they were given."""
+
+    folder: Path
+    spec: Spec
+    task: StudyTask
+    words: dict[str, Any]
+    config: TrainConfig
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    from hybridzoo.training.lock import BusyError, only_one
+
     try:
-        checkpoint = Checkpoint(unfinished, config, settings, 60 * save_every)
+        with only_one(folder, "training"):
+            yield
+    except BusyError as error:
+        raise fail(str(error)) from None
+
+
+def _checkpoint(run: _Run, every: float, overwrite: bool) -> Checkpoint:
+    """What the folder kept of this run; of another one it is an error or, to be overwritten, gone."""
+    from hybridzoo.training import Checkpoint, CheckpointError
+
+    path, settings = run.folder / UNFINISHED, {"spec": run.spec.to_dict(), "task": run.task.fingerprint()}
+    try:
+        return Checkpoint(path, run.config, settings, every)
     except CheckpointError as error:
-        raise fail(f"{error}; give another --out, or --overwrite to start anew") from None
+        if not overwrite:
+            raise fail(f"{error}; give another --out, or --overwrite to start anew") from None
+    path.unlink()
+    return Checkpoint(path, run.config, settings, every)
+
+
+def _trained(run: _Run, checkpoint: Checkpoint, tensorboard: bool) -> dict[str, Any]:
+    """Train, save the result in the folder, and return its record."""
+    import torch
+
+    from hybridzoo.architectures import build_model
+    from hybridzoo.cli.runs import save_run
+    from hybridzoo.studies.plan import trained_length
+    from hybridzoo.training.units import count
+
+    spec, config = run.spec, run.config
     torch.manual_seed(config.seed)
     with working("building the model"):
-        model = build_model(resolved)
+        model = build_model(spec)
     parameters = sum(p.numel() for p in model.parameters())
-    note(f"{resolved.name}: {len(resolved.layers)} layers, {count(parameters)} parameters; {built.shown.about}")
-    _note_idle_gates(resolved, length)
+    note(f"{spec.name}: {len(spec.layers)} layers, {count(parameters)} parameters; {run.task.shown.about}")
+    _note_idle_gates(spec, trained_length(run.task, config))
     if checkpoint.step:
-        note(f"going on after step {checkpoint.step:,} of {config.steps:,}, as {unfinished} has it")
-    started = time.perf_counter()
-    history = _train(model, built, config, checkpoint, folder if tensorboard else None)
+        note(f"going on after step {checkpoint.step:,} of {config.steps:,}, as {checkpoint.path} has it")
+    started = time.perf_counter() - checkpoint.seconds
+    history = _train(model, run, checkpoint, tensorboard)
     record = {
-        "spec": resolved.name,
-        "task": task_words,
+        "spec": spec.name,
+        "task": run.words,
         "train": dataclasses.asdict(config),
         "parameters": parameters,
         "metrics": history.metrics,
         "seconds": time.perf_counter() - started,
         "history": history.to_dict(),
     }
-    save_run(folder, model, resolved, record)
+    save_run(run.folder, model, spec, record)
     checkpoint.remove()
-    if as_json:
-        print_json({"folder": str(folder), **record})
-        return
-    console = stdout()
-    console.print(f"[bold green]{_score(built, history.metrics)}[/] on held-out data, in {record['seconds']:.0f} s")
-    console.print(f"weights, spec and record ({RECORD}) are in [bold]{folder}[/]", soft_wrap=True)
-    if resolved.vocab_size == 256 and task == "bytes":
-        console.print(f'next: [bold]hybridzoo generate {folder} --prompt "def "[/]', soft_wrap=True)
+    return record
 
 
 def _sort(overrides: list[str]) -> dict[str, Any]:
@@ -223,31 +269,29 @@ def _note_idle_gates(spec: Spec, length: int) -> None:
         )
 
 
-def _train(
-    model: HybridLM, task: StudyTask, config: TrainConfig, checkpoint: Checkpoint, curves: Path | None
-) -> History:
-    """Train and show how it goes; an interruption says from where the run can go on.
-
-    `curves` is the folder to write them to, if they are asked for.
-    """
-    from hybridzoo.training import train
+def _train(model: HybridLM, run: _Run, checkpoint: Checkpoint, tensorboard: bool) -> History:
+    """Train and show how it goes; an interruption says from where the run can go on."""
+    from hybridzoo.training import CheckpointError, train
     from hybridzoo.training.curves import Curves
+
+    first = checkpoint.step
 
     def heard(step: Step) -> None:
         show(step)
         if write is not None:
             write(step)
 
+    curves = Curves(run.folder, first) if tensorboard else nullcontext()
     try:
-        with _display(config.steps, task) as show, Curves(curves) if curves else nullcontext() as write:
-            return train(model, task, config, heard, checkpoint)
+        with _display(run.config.steps, first, run.task) as show, curves as write:
+            return train(model, run.task, run.config, heard, checkpoint)
+    except CheckpointError as error:
+        raise fail(f"stopped, and what came after step {checkpoint.step:,} is lost: {error}") from None
     except KeyboardInterrupt:
         if not checkpoint.step:
             raise fail("interrupted before anything was saved", INTERRUPTED) from None
-        done = f"{checkpoint.step:,} of {config.steps:,}"
-        raise fail(
-            f"interrupted; saved after step {done}, and the same command goes on from there", INTERRUPTED
-        ) from None
+        done = f"interrupted; saved after step {checkpoint.step:,} of {run.config.steps:,}"
+        raise fail(f"{done}, and the same command goes on from there", INTERRUPTED) from None
 
 
 def _score(task: StudyTask, metrics: dict[str, float]) -> str:
@@ -257,8 +301,8 @@ def _score(task: StudyTask, metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def _display(steps: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
-    """Yield what hears of every step: a bar on a terminal, a line now and then elsewhere."""
+def _display(steps: int, first: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
+    """Yield what hears of every step after the `first`: a bar on a terminal, a line now and then elsewhere."""
     console = stderr()
     if not console.is_terminal:
         started = last = time.monotonic()
@@ -266,17 +310,18 @@ def _display(steps: int, task: StudyTask) -> Iterator[Callable[[Step], None]]:
         def line(step: Step) -> None:
             nonlocal last
             now = time.monotonic()
-            if step.step in (1, step.steps) or now - last > PLAIN_EVERY:
+            taken = step.step - first
+            if taken == 1 or step.step == step.steps or now - last > PLAIN_EVERY:
                 last = now
                 # The first step also prepares the rest, so it says little of them.
-                left = _left((now - started) / step.step * (step.steps - step.step)) if step.step > 1 else ""
+                left = _left((now - started) / taken * (step.steps - step.step)) if taken > 1 else ""
                 console.print(f"step {step.step}/{step.steps}: {_detail(task, step)}{left}", soft_wrap=True)
 
         yield line
         return
     columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("training"), *columns, TextColumn("{task.fields[detail]}"), console=console) as bars:
-        bar = bars.add_task("", total=steps, detail="starting")
+        bar = bars.add_task("", total=steps, completed=first, detail="starting")
         yield lambda step: bars.update(bar, completed=step.step, detail=_detail(task, step))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 EXTRAS = {
     "matplotlib": "study",
+    "numpy": "train",
     "safetensors": "train",
     "tensorboard": "train",
     "transformers": "hf",

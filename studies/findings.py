@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from hybridzoo.studies.plan import Plan
 from hybridzoo.studies.stack import Kind, Stack
-from hybridzoo.studies.stats import Summary, pareto_frontier, still_improving, summarise
+from hybridzoo.studies.stats import Summary, late_gain, pareto_frontier, summarise
 from hybridzoo.studies.study import yaml_word
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.studies.tuning import Tuned
@@ -67,7 +67,7 @@ class Cell:
         """How much the mean curve's last fifth is better than the fifth before it."""
         _, curves = self.curve(metric)
         means = [statistics.fmean(values) for values in zip(*curves, strict=False)]
-        return still_improving(means, maximise)
+        return late_gain(means, maximise)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ so each result is written once, whole. May import architectures and training; re
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hybridzoo.architectures import Spec
 from hybridzoo.architectures.loader import origin_of
@@ -29,6 +28,7 @@ from hybridzoo.studies.solve import BUDGET_WORDS
 from hybridzoo.studies.study import Study
 from hybridzoo.studies.trial import Trial, slug
 from hybridzoo.studies.tuning import Tuned, choose, diverged, left_out, pilots, unanswered, with_rates, write_tuned
+from hybridzoo.training.lock import BusyError, only_one
 
 __all__ = [
     "BusyError",
@@ -42,11 +42,7 @@ __all__ = [
     "run_study",
 ]
 
-PLAN, TRIALS, SPECS, LOCK = "study.json", "trials", "specs", ".lock"
-
-
-class BusyError(RuntimeError):
-    """Another process is running a study in this folder."""
+PLAN, TRIALS, SPECS = "study.json", "trials", "specs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +118,7 @@ def run_study(
     plan = make_plan(study, execution.imports)
     start = execution.starter(study)
     (root / TRIALS).mkdir(parents=True, exist_ok=True)
-    with _only_one(root), Rounds(root / TRIALS, plan, execution.imports, display, start) as rounds:
+    with only_one(root, "running a study"), Rounds(root / TRIALS, plan, execution.imports, display, start) as rounds:
         remove_leftovers(root / TRIALS)
         ahead = _look_ahead(rounds, execution.retry_failed)
         rounds.largest = ahead.largest
@@ -388,23 +384,3 @@ def _saved_specs(plan: Plan) -> dict[str, dict[str, Any]]:
                 name, number = f"{'--'.join(words)}--{number}", number + 1
             found[f"{name}.yaml"] = spec
     return found
-
-
-@contextlib.contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets it go when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs in one folder would only waste work, as each result is written whole
-        yield
-        return
-    with open(root / LOCK, "a+", encoding="utf-8") as file:
-        _lock(file, root, fcntl)
-        yield
-
-
-def _lock(file: IO[str], root: Path, fcntl: Any) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BusyError(f"{root}: another process is running a study in this folder") from None

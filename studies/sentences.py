@@ -248,10 +248,16 @@ def curve_rows(findings: Findings, task: str) -> list[list[str]]:
 
 
 def level_rows(findings: Findings, task: str) -> list[list[str]]:
-    """Return where every curve is best at each difficulty: the curve, then a text for each of `level_optima`."""
+    """Return where every curve is best at each difficulty of `Shown.levels`: the curve, then a text for each.
+
+    None where so few seeds bound no optimum.
+    """
     found = level_optima(findings, task)
+    if max((len(cell.seeds) for cell in findings.comparable(task)), default=0) < SEEDS:
+        return []
     curves = dict.fromkeys(curve for one in found.values() for curve in one)
-    return [[curve, *(place_of(one[curve]) if curve in one else "–" for one in found.values())] for curve in curves]
+    levels = [found.get(level, {}) for level, _ in findings.shown(task).levels]
+    return [[curve, *(place_of(one[curve]) if curve in one else "–" for one in levels)] for curve in curves]
 
 
 PAIRS = ("mixer", "against", "at attention", "difference", "95 % interval", "told apart")
@@ -260,22 +266,16 @@ PAIRS = ("mixer", "against", "at attention", "difference", "95 % interval", "tol
 def pair_rows(findings: Findings, task: str) -> list[list[str]]:
     """Return every two mixers of a task as rows of texts under `PAIRS`; a difference above 0 favours the first."""
     shown = findings.shown(task)
-    sign, digits = (1, "points") if shown.maximise else (-1, "")
-    scale = 100 if shown.percent else 1
+    scale, places, unit = (100, 1, " points") if shown.percent else (1, 3, "")
+    scale *= 1 if shown.maximise else -1
     rows = []
     for pair in mixer_pairs(findings, task):
-        low, high = sorted(sign * scale * value for value in (pair.apart.low, pair.apart.high))
-        places = 1 if shown.percent else 3
-        apart = f"{sign * scale * pair.apart.mean:+.{places}f} {digits}".rstrip()
+        mean, *ends = (scale * value + 0.0 for value in (pair.apart.mean, pair.apart.low, pair.apart.high))  # no -0
+        low, high = (f"{end:+.{places}f}" for end in sorted(ends))
         shares = joined([percent(share) for share in pair.shares])
-        rows.append(
-            [pair.first, pair.second, shares, apart, f"{low:+.{places}f} to {high:+.{places}f}", _told(pair.adjusted)]
-        )
+        told = f"{'no' if pair.tied else 'yes'} (p {pair.adjusted:.2g} after Holm)"
+        rows.append([pair.first, pair.second, shares, f"{mean:+.{places}f}{unit}", f"{low} to {high}", told])
     return rows
-
-
-def _told(adjusted: float) -> str:
-    return f"{'yes' if adjusted < 0.05 else 'no'} (p {adjusted:.2g} after Holm)"
 
 
 def _largest(shown: Shown, curve: Sequence[Cell]) -> tuple[float, Cell, Cell]:
@@ -317,7 +317,7 @@ def _share(cell: Cell) -> str:
 
 
 def training_notes(findings: Findings, task: str) -> list[str]:
-    """Say which stacks were still learning when training stopped, so that they are not read as weak."""
+    """Say which stacks gained late in training, so that they are not read as weak."""
     shown, cells = findings.shown(task), findings.of(task)
     if not cells:
         return []
@@ -331,15 +331,18 @@ def training_notes(findings: Findings, task: str) -> list[str]:
         return [f"On {task} no stack reaches {GUESSES} times guessing: whether a longer training would is not shown."]
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
     moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
-    still = [f"{cell.stack.label} (by {gap(shown, gain)})" for cell, gain in moving if gain > threshold]
+    gains = [gain for _, gain in moving if gain > threshold]
+    still = [f"{cell.stack.label} ({gap(shown, gain)})" for cell, gain in moving if gain > threshold]
     steps = cells[0].curve(shown.metric)[0]
     points = last_points(len(steps))
     later, before = (joined(list(map(str, some))) for some in (steps[-points:], steps[-2 * points : -points]))
     compared = f"from step{'s' * (points > 1)} {before} to {later}"
     if not still:
-        return [f"On {task} no stack improved by more than {gap(shown, threshold)} {compared} and was still rising."]
-    named = "all of them" if len(still) == len(findings.of(task)) and len(still) > 4 else joined(still)
+        return [f"On {task} no stack gained more than {gap(shown, threshold)} {compared}."]
+    named = joined(still)
+    if len(still) == len(findings.of(task)) and len(still) > 4:
+        named = f"all of them ({gap(shown, min(gains))} to {gap(shown, max(gains))})"
     return [
-        f"On {task} still improving at the end, by what they gained {compared}: {named}. Their scores are what this "
+        f"On {task} more than {gap(shown, threshold)} were gained {compared} by {named}. Their scores are what this "
         "budget gives, not what they can reach."
     ]

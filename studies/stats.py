@@ -173,23 +173,21 @@ def pareto_frontier(costs: Sequence[float], values: Sequence[float], maximise: b
     return frontier
 
 
-def still_improving(values: Sequence[float], maximise: bool, share: float = 0.2) -> float:
+def late_gain(values: Sequence[float], maximise: bool, share: float = 0.2) -> float:
     """Return how much better the mean of the last `share` of the values is than that of as many before; 0 if not.
 
     What an undertrained stack shows, so that its final score is not read as its ceiling. Means of several points, where
-    there are several, so that one lucky evaluation is not read as learning. A curve that has come to rest within those
-    points improves no longer: its last step must be at least half as steep as they are on average.
+    there are several, so that one lucky evaluation is not read as learning.
     """
     if len(values) < 2:
         return 0.0
-    sign, points = 1 if maximise else -1, last_points(len(values), share)
-    gain = sign * (statistics.fmean(values[-points:]) - statistics.fmean(values[-2 * points : -points]))
-    last = sign * (values[-1] - values[-2])
-    return gain if gain > 0 and last >= gain / points / 2 else 0.0
+    points = last_points(len(values), share)
+    gain = statistics.fmean(values[-points:]) - statistics.fmean(values[-2 * points : -points])
+    return max(0.0, gain if maximise else -gain)
 
 
 def last_points(n: int, share: float = 0.2) -> int:
-    """Return how many of `n` values `still_improving` compares with as many before."""
+    """Return how many of `n` values `late_gain` compares with as many before."""
     return max(1, round(share * n))
 
 

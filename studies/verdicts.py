@@ -106,20 +106,32 @@ class MixerPair:
 def mixer_pairs(findings: Findings, task: str) -> list[MixerPair]:
     """Compare every two ratio curves of a task; none on fewer than `SEEDS` seeds, or where nothing was learnt.
 
-    The mean over shares makes one number of a seed, since what its stacks have in common, its data among them, makes
-    them too alike to count as several.
+    The two differ in their recurrent mixer alone: not in a word of the attention, say, or in where it stands. The mean
+    over shares makes one number of a seed, since what its stacks have in common, its data among them, makes them too
+    alike to count as several.
     """
     cells = findings.comparable(task)
     if not _learnt(findings.shown(task), cells) or len(cells[0].seeds) < SEEDS:
         return []
-    curves = {name: _by_share(curve) for name, curve in families(cells).items()}
+    curves = families(cells)
     pairs = []
-    for (first, one), (second, other) in itertools.combinations(curves.items(), 2):
+    for first, second in itertools.combinations(curves, 2):
+        if not _differ_in_the_mixer(curves[first], curves[second]):
+            continue
+        one, other = _by_share(curves[first]), _by_share(curves[second])
         shares = tuple(sorted(share for share in one if share in other))
         if shares:
             apart = difference(_mean(one[share] for share in shares), _mean(other[share] for share in shares))
             pairs.append((first, second, shares, apart, paired_p(apart)))
     return [MixerPair(*pair, value) for pair, value in zip(pairs, holm([p for *_, p in pairs]), strict=True)]
+
+
+def _differ_in_the_mixer(first: Sequence[Cell], second: Sequence[Cell]) -> bool:
+    """Whether the stacks of two curves differ in their recurrent mixer and in nothing else."""
+    # Of a curve's stacks a mixture says most: what the attention is, and where it stands.
+    one, other = (max(curve, key=lambda cell: 0 < cell.stack.attention < 1).stack for curve in (first, second))
+    alike = (_same(stack, "attention", "rest") + placement(stack) for stack in (one, other))
+    return len(set(alike)) == 1 and one.kind.recurrent != other.kind.recurrent
 
 
 def _by_share(curve: Sequence[Cell]) -> dict[float, list[float]]:

@@ -24,17 +24,20 @@ class Curves:
     """Writes each point of a run's history into a folder: a context manager, and what `train` takes as `on_progress`.
 
     Its scalars are `loss` (nats) and `grad_norm`, means since the point before, `lr`, `tokens_per_second`, and under
-    `held-out/` the task's scores where they were taken. Curves that it wrote there before are replaced.
+    `held-out/` the task's scores where they were taken. Curves that it wrote there before are replaced or, where a run
+    goes on after its `first` steps, gone on with.
 
     Raises: `ModuleNotFoundError` without tensorboard.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):  # TensorBoard would draw both runs as one
-            old.unlink()
-        self.writer = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS, filename_suffix=SUFFIX)
+        for old in folder.glob(f"events.out.tfevents.*{SUFFIX}") if first == 0 else ():
+            old.unlink()  # TensorBoard would draw both runs as one
+        # What was written of later steps, which are now taken again, is not drawn.
+        again = first + 1 if first else None
+        self.writer = SummaryWriter(str(folder), purge_step=again, flush_secs=FLUSH_SECONDS, filename_suffix=SUFFIX)
 
     def __call__(self, progress: Progress) -> None:
         for name in ("loss", "grad_norm", "lr", "tokens_per_second"):

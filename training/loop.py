@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hybridzoo.training.checkpoint import Checkpoint, Kept, stop_signals
+from hybridzoo.training.checkpoint import Checkpoint, CheckpointError, Kept, StopSignals, stop_signals
 from hybridzoo.training.config import TrainConfig
 from hybridzoo.training.graph import Graphs
 from hybridzoo.training.history import Evaluation, History
@@ -115,45 +116,65 @@ class _Run:
         self.history = History(device=str(self.device))
         self.pending: list[Tensor] = []  # [loss, gradient norm] of each step not yet written, still on the device
         self.tokens = 0
-        self.started = 0.0
+        self.started = self.began = 0.0
+        self.before = 0.0  # seconds that the run took until it was stopped
 
     def run(self) -> History:
         # Streams, graphs and kernels are of the current GPU, which need not be the one that was asked for.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             if self.checkpoint is None:
                 return self._train()
-            if self.checkpoint.kept is not None:
-                self._go_on_from(self.checkpoint.kept)
-                self.checkpoint.kept = None  # as large as the model, three times
-            with stop_signals() as told:
-                return self._train(self.checkpoint.step, told)
+            with stop_signals() as stop:
+                return self._train(self.checkpoint, stop)
 
-    def _train(self, first: int = 0, told: Callable[[], bool] = lambda: False) -> History:
-        """Take the steps after the `first`; `told` says whether to stop."""
-        config = self.config
+    def _train(self, checkpoint: Checkpoint | None = None, stop: StopSignals | None = None) -> History:
+        """Take the steps that are left; with a checkpoint, until `stop` says so."""
+        config, first = self.config, 0
         self.model.train()
-        self.started = time.perf_counter()
+        self.started = self.began = time.perf_counter()
+        if checkpoint is not None and checkpoint.kept is not None:
+            first, self.before = checkpoint.step, checkpoint.seconds
+            self._go_on_from(checkpoint.kept)
+            checkpoint.kept = None  # as large as the model, three times
+            if stop is not None:
+                stop.at_once = True
+            self._after(first)
         for step in range(first, config.steps):
-            rate = learning_rate(step, config)
-            self._step(step, rate)
+            if stop is not None:
+                stop.at_once = False
+            self._step(step)
             done = step + 1
             if not self.warm:  # the first step holds the compilation: time from after it
                 self._restart_clock()
                 self.warm = True
-            evaluate = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
-            if done % config.log_every == 0 or evaluate:
-                self._write_point(done, rate)
-                if evaluate:
-                    self._evaluate(done)
-                self._report(done, rate)
-            if self.checkpoint is not None and done < config.steps and (told() or self.checkpoint.due):
-                self._keep(done, self.checkpoint)
-                if told():
+            if checkpoint is not None and stop is not None:
+                # Before what the step is followed by, which is done again where the run goes on. The last evaluation is
+                # the longest: what told us to stop may not wait for it.
+                last = done == config.steps
+                if stop() or last or checkpoint.due:
+                    self._keep(done, checkpoint, must=stop())
+                if stop():
                     raise KeyboardInterrupt
+                stop.at_once = last and checkpoint.step == done
+            self._after(done)
         return self.history
 
-    def _keep(self, done: int, checkpoint: Checkpoint) -> None:
-        """Write all that the steps to come depend on, unless a step's update was not finite."""
+    def _after(self, done: int) -> None:
+        """Write the point and take the scores that are due after so many steps."""
+        config = self.config
+        evaluate = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
+        if done % config.log_every == 0 or evaluate:
+            rate = learning_rate(done - 1, config)
+            self._write_point(done, rate)
+            if evaluate:
+                self._evaluate(done)
+            self._report(done, rate)
+
+    def _keep(self, done: int, checkpoint: Checkpoint, must: bool) -> None:
+        """Write all that the steps to come depend on, unless a step's update was not finite.
+
+        Where it cannot be written the run goes on with a warning, unless it `must`.
+        """
         pending = torch.stack(self.pending).cpu() if self.pending else torch.empty(0, 2)  # waits for the device
         self._count()
         self._check_finite(done, pending)
@@ -164,8 +185,14 @@ class _Run:
             generator=self.generator.get_state(),
             pending=pending,
             history=self.history.to_dict(),
+            seconds=self.before + time.perf_counter() - self.began,
         )
-        checkpoint.write(kept)
+        try:
+            checkpoint.write(kept)
+        except CheckpointError as error:
+            if must:
+                raise
+            warnings.warn(f"{error}; the training goes on", stacklevel=2)
         self.started = time.perf_counter()
 
     def _go_on_from(self, kept: Kept) -> None:
@@ -176,11 +203,11 @@ class _Run:
         self.pending = list(kept.pending.to(self.device))
         self.history = dataclasses.replace(History.from_dict(kept.history), device=str(self.device))
 
-    def _step(self, step: int, rate: float) -> None:
+    def _step(self, step: int) -> None:
         batch = self.task.batch(step, self.config.batch_size, self.generator)
         ids = batch.ids.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
-        set_learning_rate(self.optimiser, rate)
+        set_learning_rate(self.optimiser, learning_rate(step, self.config))
         # No wait for the device here: a bad step is found when its point is written, at most log_every steps later.
         graphs, update = self.graphs, self._update
         self.pending.append(update(ids, labels) if graphs is None else graphs.run(update, ids, labels))

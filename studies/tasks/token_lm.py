@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from hybridzoo.mixers.schema import SpecError
 from hybridzoo.studies.tasks.base import Shown, register_task
 from hybridzoo.studies.tasks.language import LanguageConfig, LanguageTask
 
-BLOCK, BLOCKS = 4096, 1024  # bytes, and how many such blocks of a file are looked at to know it again
+BLOCK, BLOCKS = 2**16, 1024  # bytes, and how many such blocks of a file are looked at to know it again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class TokenLmConfig(LanguageConfig):
         for name in ("train_file", "validation_file"):
             if Path(getattr(self, name)).suffix not in (".bin", ".npy"):
                 raise SpecError(f".{name}: expected a .bin or .npy file, got '{getattr(self, name)}'")
+        if self.train_file == self.validation_file:
+            raise SpecError(f".validation_file: is the train_file too, '{self.train_file}': nothing would be held out")
         if self.vocab_size < 2:
             raise SpecError(f".vocab_size: must be at least 2, got {self.vocab_size}")
 
@@ -70,12 +73,11 @@ class TokenLm(LanguageTask):
 
         path = Path(given).expanduser()
         try:
-            # Copy on write: torch wants arrays that may be written to, and nothing writes.
             if path.suffix == ".npy":
-                array = np.load(path, mmap_mode="c", allow_pickle=False)
+                array = np.lib.format.open_memmap(path, mode="r")
             else:
-                array = np.memmap(path, dtype=self.config.dtype, mode="c")
-        except (OSError, ValueError) as error:
+                array = np.memmap(path, dtype=self.config.dtype, mode="r")
+        except (OSError, EOFError, ValueError) as error:
             raise SpecError(f"token file {path}: {error}") from None
         if array.ndim != 1 or array.dtype.kind not in "ui" or not array.dtype.isnative:
             raise SpecError(
@@ -86,7 +88,10 @@ class TokenLm(LanguageTask):
             raise SpecError(
                 f"token file {path}: has {len(array):,} tokens, fewer than one window of length = {self.config.length}"
             )
-        return torch.from_numpy(array)
+        with warnings.catch_warnings():
+            # That it may not be written to. A map that may be would be charged for all of the file's memory.
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(array)
 
     def windows(self, text: Tensor, starts: Tensor) -> Tensor:
         ids = super().windows(text, starts)
@@ -118,18 +123,17 @@ class TokenLm(LanguageTask):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        # What the files hold counts, not where they lie.
+        # What the files hold counts, not where they lie or how they were read.
         words = dataclasses.asdict(self.config)
-        del words["train_file"], words["validation_file"]
+        del words["train_file"], words["validation_file"], words["dtype"]
         return {"type": self.type, **words, "text": [_digest(part) for part in self.parts]}
 
 
 def _digest(part: Tensor) -> str:
-    """A hash of an array's size and of blocks spread over it: whole files may be larger than memory."""
+    """A hash of an array: of all of it up to 64 MiB, of a larger one of its size and of blocks spread over it."""
     content = part.view(torch.uint8)
     found = hashlib.sha256(f"{part.dtype} {part.numel()}".encode())
-    for start in (
-        torch.linspace(0, max(0, content.numel() - BLOCK), BLOCKS, dtype=torch.float64).long().unique().tolist()
-    ):
+    starts = torch.linspace(0, max(0, content.numel() - BLOCK), BLOCKS, dtype=torch.float64).long().unique()
+    for start in starts.tolist():
         found.update(content[start : start + BLOCK].numpy().tobytes())
     return found.hexdigest()

@@ -82,6 +82,7 @@ def test_a_mixer_with_words_is_listed_with_what_they_change(run):
     lines = {line.split()[0]: line for line in run("list", "carve[erase=token]").stdout.splitlines() if line.split()}
     assert re.match(r" *erase +token \(of itself content\)", lines["erase"])
     assert "of itself" not in lines["predict"]
+    assert "unknown value 'tokn' (did you mean 'token'?)" in run("list", "carve[erase=tokn]", ok=False).stderr
     assert "unknown word 'eras' (did you mean 'erase'?)" in run("list", "carve[eras=token]", ok=False).stderr
 
 

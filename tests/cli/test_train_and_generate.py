@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hybridzoo import training
 from hybridzoo.architectures import build_model, load_spec
 from hybridzoo.cli import train as train_module
 from hybridzoo.cli.runs import RECORD, SPEC, WEIGHTS, is_run, load_run, save_run
-from hybridzoo.training import train
+from hybridzoo.training import data, train
+from hybridzoo.training.lock import LOCK, only_one
 
 QUICK = ["--steps", "3", "--batch-size", "2", "task.length=32", "task.examples=4", "task.quick_examples=2"]
 
@@ -39,7 +41,8 @@ def test_training_leaves_weights_spec_and_record(trained):
     assert record["history"]["steps"] == [1, 2, 3]
     assert record["metrics"]["bits_per_byte"] > 0
     assert load_spec(trained / SPEC).pattern == "c a"
-    assert not [path for path in trained.iterdir() if path.name.startswith(".")], "nothing half-written is left"
+    left = {path.name for path in trained.iterdir() if path.name.startswith(".")}
+    assert left <= {LOCK}, "nothing half-written is left"
 
 
 def test_lines_of_a_training_say_what_is_held_out_and_how_long_is_left(run, tiny, text, monkeypatch):
@@ -180,24 +183,36 @@ def test_a_gpu_that_is_not_there_is_found_before_training(run, tiny, monkeypatch
         assert not (tiny.parent / "runs").exists()
 
 
-def test_an_interrupted_training_goes_on_with_the_same_command(run, tiny, text, monkeypatch):
-    def interrupted(model, task, config, on_progress, checkpoint):
-        def stop(progress):
-            on_progress(progress)
-            if progress.step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+@pytest.fixture
+def stopped(monkeypatch):
+    """Within it a training is told to stop after its second step."""
 
-        return train(model, task, config, stop, checkpoint)
+    @contextmanager
+    def within():
+        def interrupted(model, task, config, on_progress, checkpoint):
+            def stop(progress):
+                on_progress(progress)
+                if progress.step == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
 
+            return train(model, task, config, stop, checkpoint)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "train", interrupted)
+            yield
+
+    return within
+
+
+def test_an_interrupted_training_goes_on_with_the_same_command(run, tiny, text, stopped):
     words = ("train", tiny, *QUICK, f"task.folder={text}")
     whole = json.loads(run(*words, "--out", "runs/whole", "--json").stdout)
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "train", interrupted)
+    with stopped():
         result = run(*words, "--out", "runs/a", ok=False)
     assert result.exit_code == 130
     assert "interrupted; saved after step 2 of 3, and the same command goes on from there" in result.stderr
     folder = tiny.parent / "runs" / "a"
-    assert [path.name for path in folder.iterdir()] == ["unfinished.pt"]
+    assert {path.name for path in folder.iterdir()} == {LOCK, "unfinished.pt"}
     other = run(*words, "train.lr=0.5", "--out", "runs/a", ok=False)
     assert other.exit_code != 0
     assert "train.lr is 0.001 there, 0.5 here; give another --out, or --overwrite to start anew" in other.stderr
@@ -206,21 +221,31 @@ def test_an_interrupted_training_goes_on_with_the_same_command(run, tiny, text, 
     found = json.loads(result.stdout)
     assert found["metrics"] == whole["metrics"]
     assert found["history"]["loss"] == whole["history"]["loss"]
+    assert found["seconds"] > found["history"]["seconds"]  # of both sittings
     assert not (folder / "unfinished.pt").exists()
 
 
-def test_token_files_are_trained_on_with_their_own_vocabulary(run, tiny):
-    torch.arange(600, dtype=torch.int32).numpy().tofile(tiny.parent / "tokens.bin")
-    words = ["task.train_file=tokens.bin", "task.validation_file=tokens.bin", "task.dtype=int32", "task.vocab_size=600"]
-    result = run("train", tiny, "--task", "tokens", *QUICK, *words, "--out", "runs/a", "--json")
-    record = json.loads(result.stdout)
-    assert load_spec(tiny.parent / "runs" / "a" / SPEC).vocab_size == 600
-    assert record["metrics"]["nats_per_token"] == pytest.approx(math.log(600), rel=0.2)
-    refused = run("generate", tiny.parent / "runs" / "a", "--prompt", "def ", ok=False)
-    assert "600" in refused.stderr
+def test_other_text_is_another_training(run, tiny, text, stopped):
+    words = ("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a")
+    with stopped():
+        run(*words, ok=False)
+    (text / "0.py").write_text("something = 'else'\n" * 40)
+    data._load.cache_clear()  # as another process finds it
+    assert "kept of another training: task.text is" in run(*words, ok=False).stderr
 
 
-def test_overwrite_starts_a_stopped_training_anew(run, tiny, text):
+def test_an_overwriting_training_that_was_stopped_goes_on_too(run, trained, tiny, text, stopped):
+    words = ("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a", "--seed", "5")
+    before = (trained / WEIGHTS).read_bytes()
+    assert "holds a trained model already" in run(*words, ok=False).stderr
+    with stopped():
+        run(*words, "--overwrite", ok=False)
+    assert (trained / WEIGHTS).read_bytes() == before  # until there is another
+    assert "going on after step 2 of 3" in run(*words, "--overwrite").stderr
+    assert (trained / WEIGHTS).read_bytes() != before
+
+
+def test_overwrite_starts_a_damaged_or_another_training_anew(run, tiny, text):
     folder = tiny.parent / "runs" / "a"
     folder.mkdir(parents=True)
     (folder / "unfinished.pt").write_text("damaged")
@@ -228,6 +253,46 @@ def test_overwrite_starts_a_stopped_training_anew(run, tiny, text):
     assert "not a run that was kept, or damaged" in run(*words, ok=False).stderr
     assert "going on" not in run(*words, "--overwrite").stderr
     assert is_run(folder)
+
+
+def test_what_a_finished_training_could_not_remove_goes_with_the_next_command(run, trained, tiny, text):
+    leftover = trained / "unfinished.pt"
+    leftover.touch()
+    os.utime(leftover, (0, 0))
+    words = ("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a")
+    assert "holds a trained model already" in run(*words, ok=False).stderr
+    assert not leftover.exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(run, trained, tiny, text):
+    words = ("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a", "--overwrite")
+    with only_one(trained, "training"):
+        assert "runs/a: another process is training in this folder" in run(*words, ok=False).stderr
+
+
+def test_curves_go_on_where_the_training_does(run, tiny, text, stopped):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ("train", tiny, *QUICK, f"task.folder={text}", "--out", "runs/a", "--tensorboard")
+    with stopped():
+        run(*words, ok=False)
+    run(*words)
+    events = EventAccumulator(str(tiny.parent / "runs" / "a"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_token_files_are_trained_on_with_their_own_vocabulary(run, tiny):
+    for name in ("train.bin", "val.bin"):
+        torch.arange(600, dtype=torch.int32).numpy().tofile(tiny.parent / name)
+    words = ["task.train_file=train.bin", "task.validation_file=val.bin", "task.dtype=int32", "task.vocab_size=600"]
+    result = run("train", tiny, "--task", "tokens", *QUICK, *words, "--out", "runs/a", "--json")
+    record = json.loads(result.stdout)
+    assert load_spec(tiny.parent / "runs" / "a" / SPEC).vocab_size == 600
+    assert record["metrics"]["nats_per_token"] == pytest.approx(math.log(600), rel=0.2)
+    refused = run("generate", tiny.parent / "runs" / "a", "--prompt", "def ", ok=False)
+    assert "600" in refused.stderr
 
 
 def test_one_that_is_interrupted_before_anything_was_saved_says_so(run, tiny, text, monkeypatch):

@@ -21,11 +21,11 @@ from hybridzoo.studies import (
     write_report,
 )
 from hybridzoo.studies import rounds as rounds_module
-from hybridzoo.studies import runner as runner_module
 from hybridzoo.studies import trial as trial_module
 from hybridzoo.studies.display import LiveDisplay, PlainDisplay, format_seconds
 from hybridzoo.studies.results import read_result
 from hybridzoo.studies.tasks import Mqar
+from hybridzoo.training.lock import only_one
 
 
 def test_a_second_call_trains_nothing_and_changes_nothing(folder, finished):
@@ -214,7 +214,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with runner_module._only_one(_made(tmp_path)), pytest.raises(RuntimeError, match="another process is running"):
+    with only_one(_made(tmp_path), "running a study"), pytest.raises(RuntimeError, match="another process is running"):
         run(SMALL, tmp_path)
     assert run(SMALL, tmp_path)[0].finished == 4
 

@@ -203,9 +203,10 @@ def test_a_small_model_trains_on_a_task_in_a_study(name, tmp_path):
     train = {"steps": 3, "batch_size": 2, "eval_every": 2, "log_every": 1, "lr": 1e-2}
     words = {}
     if name == "tokens":  # the one task that has no text of its own
-        path = str(tmp_path / "tokens.bin")
-        (torch.arange(600) % 50).to(torch.int32).numpy().tofile(path)
-        words = {"train_file": path, "validation_file": path, "vocab_size": 50, "dtype": "int32"}
+        words = {f"{part}_file": str(tmp_path / f"{part}.bin") for part in ("train", "validation")}
+        for path in words.values():
+            (torch.arange(600) % 50).to(torch.int32).numpy().tofile(path)
+        words |= {"vocab_size": 50, "dtype": "int32"}
     study = {"name": "each", "spec": SMALL}
     study["tasks"] = {"it": {"type": name, "examples": 4, "quick_examples": 2, **words}}
     study["tasks"]["it"]["train"] = train

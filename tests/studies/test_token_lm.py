@@ -97,6 +97,14 @@ def test_the_fingerprint_is_of_what_the_files_hold(files, tmp_path):
     assert task_of(files, length=17).fingerprint() != before
 
 
+def test_a_file_larger_than_memory_is_mapped(files):
+    with open(files / "sparse.bin", "wb") as file:
+        file.truncate(2**40)
+    task = task_of(files, train_file=str(files / "sparse.bin"))
+    assert task.batch(0, 2, torch.Generator().manual_seed(0)).ids.shape == (2, 16)
+    assert task.fingerprint() == task_of(files, train_file=str(files / "sparse.bin"), dtype="uint16").fingerprint()
+
+
 def test_what_a_report_says_of_it_names_the_files_and_their_sizes(files):
     shown = task_of(files).shown
     assert "train.bin, 39,000 tokens of a vocabulary of 40,000" in shown.about
@@ -110,6 +118,10 @@ def test_what_a_report_says_of_it_names_the_files_and_their_sizes(files):
         ({"train_file": "text.txt"}, r"task\.train_file: expected a \.bin or \.npy file, got 'text\.txt'"),
         ({"vocab_size": 1}, r"task\.vocab_size: must be at least 2, got 1"),
         ({"dtype": "float32"}, r"task\.dtype: 'float32' is not one of"),
+        (
+            {"train_file": "a.bin", "validation_file": "a.bin"},
+            r"task\.validation_file: is the train_file too, 'a\.bin'",
+        ),
         ({"length": 1}, r"task\.length: a window needs at least 2 tokens"),
     ],
 )
@@ -126,6 +138,9 @@ def test_files_that_cannot_be_are_refused_by_name(files):
     (files / "odd.bin").write_bytes(b"abc")
     (files / "empty.bin").touch()
     (files / "damaged.npy").write_bytes(b"no array")
+    (files / "nothing.npy").touch()
+    np.savez(files / "several.npz", a=counting(100))
+    (files / "several.npz").rename(files / "several.npy")
     counting(15).tofile(files / "short.bin")
     for name, said in (
         ("missing.bin", "No such file"),
@@ -136,6 +151,8 @@ def test_files_that_cannot_be_are_refused_by_name(files):
         ("odd.bin", "multiple"),
         ("empty.bin", "empty"),
         ("damaged.npy", ""),
+        ("nothing.npy", ""),
+        ("several.npy", ""),
         ("short.bin", "has 15 tokens, fewer than one window of length = 16"),
     ):
         task = task_of(files, validation_file=str(files / name))

@@ -163,7 +163,11 @@ def test_the_best_ratio_is_found_at_every_difficulty():
     assert [(row["level"], row["best_measured_ratio"]) for row in table] == [("", "1.0"), ("32", "1.0"), ("64", "0.0")]
     assert "recall: the best ratio (95 % interval) by" in page(findings, {}, every_table(findings), [])
     del results[0]["metrics"]["accuracy_64"]
-    assert set(level_optima(gather(plan, results), "recall")) == {32}
+    partly = gather(plan, results)
+    assert set(level_optima(partly, "recall")) == {32}
+    assert level_rows(partly, "recall") == [["carve", place_of(found[32]["carve"]), "–"]]
+    few = [result for result in results if result["seed"] < 2]
+    assert level_rows(gather(plan, few), "recall") == []  # two seeds bound nothing
 
 
 def test_every_two_mixers_are_compared_over_the_ratios_that_both_have():
@@ -187,6 +191,18 @@ def test_every_two_mixers_are_compared_over_the_ratios_that_both_have():
     assert all(pair.tied for pair in mixer_pairs(findings_of(level), "recall"))
     assert len(rows(findings, "mixers")) == 6
     assert mixer_pairs(findings_of(seeds=(0, 1)), "recall") == []  # two seeds tell nothing
+
+
+def test_mixers_are_compared_where_their_attention_stands_alike():
+    def placed(task, family, ratio, place, budget):
+        return 0.5 + 0.08 * (place == "last") + 0.02 * (family == "gdn2")
+
+    findings = findings_of(placed, families=("carve", "gdn2"), places=("first", "last"), noise=0.0005)
+    pairs = mixer_pairs(findings, "recall")
+    assert [(pair.first, pair.second) for pair in pairs] == [
+        (f"carve (placement={place})", f"gdn2 (placement={place})") for place in ("first", "last")
+    ]
+    assert all(pair.apart.mean == pytest.approx(-0.02, abs=0.002) and not pair.tied for pair in pairs)
 
 
 def test_where_nothing_was_learnt_no_ratio_is_compared():
