@@ -1,4 +1,4 @@
-"""The page of the study that was run quotes its tables, and the front page quotes that page."""
+"""The pages of studies that were run quote their tables, and the front page quotes those pages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from hybridzoo.studies.comparisons import with_the_best
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "docs/studies/hybrids"
+PLACEMENT = ROOT / "docs/studies/placement"
 PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
 SHARES = {"0 %": "ratio=0", "12.5 %": "ratio=1/8", "25 %": "ratio=1/4", "50 %": "ratio=1/2"}
 
 
-def rows(stem: str) -> list[dict[str, str]]:
-    with (STUDY / f"tables/{stem}.csv").open(encoding="utf-8", newline="") as file:
+def rows(stem: str, study: Path = STUDY) -> list[dict[str, str]]:
+    with (study / f"tables/{stem}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def lines_after(title: str) -> list[list[str]]:
+def lines_after(title: str, page: str = PAGE) -> list[list[str]]:
     """The cells of the first table below a title, header and rule included."""
-    lines = PAGE[PAGE.index(title) :].splitlines()
+    lines = page[page.index(title) :].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
@@ -157,6 +158,21 @@ def test_the_front_page_says_what_the_study_found() -> None:
     text = [(row["stack"] == "all attention", float(row["score"])) for row in rows("trials") if row["task"] == "text"]
     alone, rest = ([score for attention, score in text if attention is which] for which in (True, False))
     assert min(alone) > max(rest) + 0.2
+
+
+def test_where_attention_stands_scored_what_its_page_says() -> None:
+    scores: dict[str, list[float]] = {}
+    for row in rows("trials", PLACEMENT):
+        scores.setdefault(row["stack"], []).append(100 * float(row["score"]))
+    stacks = {"none": "no attention", "all layers": "all attention"}
+    _, _, *lines = lines_after("## ", "## " + (PLACEMENT / "README.md").read_text(encoding="utf-8"))
+    assert len(lines) == len(scores)
+    for place, mean, seeds in lines:
+        mine = scores[stacks.get(place, place)]
+        assert mean == f"{sum(mine) / len(mine):.1f}"
+        assert seeds == ", ".join(f"{score:.1f}" for score in mine)
+    told = {row["stack"] for row in rows("comparisons", PLACEMENT) if row["told_apart"] == "True"}
+    assert told == {"last", "no attention"}
 
 
 @pytest.mark.parametrize("name", ["report.html", "study.yaml", "tuned.json", "ratio.png", "levels-needle.png"])
