@@ -161,18 +161,31 @@ def test_the_front_page_says_what_the_study_found() -> None:
 
 
 def test_where_attention_stands_scored_what_its_page_says() -> None:
-    scores: dict[str, list[float]] = {}
-    for row in rows("trials", PLACEMENT):
-        scores.setdefault(row["stack"], []).append(100 * float(row["score"]))
+    page = (PLACEMENT / "README.md").read_text(encoding="utf-8")
     stacks = {"none": "no attention", "all layers": "all attention"}
-    _, _, *lines = lines_after("## ", "## " + (PLACEMENT / "README.md").read_text(encoding="utf-8"))
-    assert len(lines) == len(scores)
-    for place, mean, seeds in lines:
-        mine = scores[stacks.get(place, place)]
-        assert mean == f"{sum(mine) / len(mine):.1f}"
-        assert seeds == ", ".join(f"{score:.1f}" for score in mine)
+    for title, study in (("# Where", PLACEMENT), ("## In the stacks of the ratio study", PLACEMENT / "eight")):
+        scores = scores_of(study)
+        _, _, *lines = lines_after(title, page)
+        assert len(lines) == len(scores)
+        for place, mean, seeds in lines:
+            mine = scores[stacks.get(place, place)]
+            assert mean == f"{sum(mine) / len(mine):.1f}"
+            assert seeds == ", ".join(f"{score:.1f}" for score in mine)
     told = {row["stack"] for row in rows("comparisons", PLACEMENT) if row["told_apart"] == "True"}
     assert told == {"last", "no attention"}
+    means = {place: sum(mine) / len(mine) for place, mine in scores_of(PLACEMENT / "eight").items()}
+    for other in (PAGE, (ROOT / "README.md").read_text(encoding="utf-8")):
+        said = re.search(r"recalls\s+([\d.]+) %\s+beside\s+gdn2\s+as\s+the\s+first,?\s+and\s+([\d.]+) %", other)
+        assert said
+        assert said.groups() == (f"{means['first']:.1f}", f"{means['last']:.1f}")
+
+
+def scores_of(study: Path) -> dict[str, list[float]]:
+    """Each stack's scores in per cent, a seed each, of a study of one task."""
+    scores: dict[str, list[float]] = {}
+    for row in rows("trials", study):
+        scores.setdefault(row["stack"], []).append(100 * float(row["score"]))
+    return scores
 
 
 @pytest.mark.parametrize("name", ["report.html", "study.yaml", "tuned.json", "ratio.png", "levels-needle.png"])
