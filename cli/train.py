@@ -123,7 +123,7 @@ def train_command(
         raise fail(f"{folder} holds a trained model already; give another --out, or --overwrite")
     config.resolve_device()  # what is not there is found now, and so is a folder that cannot be
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(folder, resolved, built, task_words, config)
+    run = _Run(folder, resolved, built, task_words, config, length)
     with _held(folder):
         checkpoint = _checkpoint(run, 60 * save_every, overwrite)
         record = _trained(run, checkpoint, tensorboard)
@@ -139,13 +139,14 @@ def train_command(
 
 @dataclass(frozen=True)
 class _Run:
-    """What is trained, and the folder for it; `words` are the task's, as they were given."""
+    """What is trained, and the folder for it; `words` are the task's, as given, `length` its sequences' in training."""
 
     folder: Path
     spec: Spec
     task: StudyTask
     words: dict[str, Any]
     config: TrainConfig
+    length: int
 
 
 @contextmanager
@@ -179,7 +180,6 @@ def _trained(run: _Run, checkpoint: Checkpoint, tensorboard: bool) -> dict[str, 
 
     from hybridzoo.architectures import build_model
     from hybridzoo.cli.runs import save_run
-    from hybridzoo.studies.plan import trained_length
     from hybridzoo.training.units import count
 
     spec, config = run.spec, run.config
@@ -188,7 +188,7 @@ def _trained(run: _Run, checkpoint: Checkpoint, tensorboard: bool) -> dict[str, 
         model = build_model(spec)
     parameters = sum(p.numel() for p in model.parameters())
     note(f"{spec.name}: {len(spec.layers)} layers, {count(parameters)} parameters; {run.task.shown.about}")
-    _note_idle_gates(spec, trained_length(run.task, config))
+    _note_idle_gates(spec, run.length)
     if checkpoint.step:
         note(f"going on after step {checkpoint.step:,} of {config.steps:,}, as {checkpoint.path} has it")
     started = time.perf_counter() - checkpoint.seconds

@@ -149,9 +149,9 @@ def _limits(seen: Sequence[float], ends: Iterable[float]) -> tuple[float, float]
     low, high = min(seen), max(seen)
     span = high - low or 0.1 * abs(high) or 1
     reached = [end for end in ends if low - span / 2 <= end <= high + span / 2]
-    return min([low - 0.12 * span, *(end - 0.03 * span for end in reached)]), max(
-        [high + 0.12 * span, *(end + 0.03 * span for end in reached)]
-    )
+    below = [low - 0.12 * span, *(end - 0.03 * span for end in reached)]
+    above = [high + 0.12 * span, *(end + 0.03 * span for end in reached)]
+    return min(below), max(above)
 
 
 def _interval(shown: Shown, cell: Cell) -> tuple[float, float] | None:

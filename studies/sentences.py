@@ -252,9 +252,9 @@ def level_rows(findings: Findings, task: str) -> list[list[str]]:
 
     None where so few seeds bound no optimum.
     """
-    found = level_optima(findings, task)
     if max((len(cell.seeds) for cell in findings.comparable(task)), default=0) < SEEDS:
         return []
+    found = level_optima(findings, task)
     curves = dict.fromkeys(curve for one in found.values() for curve in one)
     levels = [found.get(level, {}) for level, _ in findings.shown(task).levels]
     return [[curve, *(place_of(one[curve]) if curve in one else "–" for one in levels)] for curve in curves]
@@ -330,17 +330,17 @@ def training_notes(findings: Findings, task: str) -> list[str]:
     if not cells:
         return [f"On {task} no stack reaches {GUESSES} times guessing: whether a longer training would is not shown."]
     threshold = 0.02 if shown.percent else 0.01 * min(abs(cell.mean) for cell in cells)
-    moving = [(cell, cell.gained(shown.metric, shown.maximise)) for cell in cells]
-    gains = [gain for _, gain in moving if gain > threshold]
-    still = [f"{cell.stack.label} ({gap(shown, gain)})" for cell, gain in moving if gain > threshold]
+    moving = [(cell.stack.label, cell.gained(shown.metric, shown.maximise)) for cell in cells]
+    still = [(label, gain) for label, gain in moving if gain > threshold]
     steps = cells[0].curve(shown.metric)[0]
     points = last_points(len(steps))
     later, before = (joined(list(map(str, some))) for some in (steps[-points:], steps[-2 * points : -points]))
     compared = f"from step{'s' * (points > 1)} {before} to {later}"
     if not still:
         return [f"On {task} no stack gained more than {gap(shown, threshold)} {compared}."]
-    named = joined(still)
+    named = joined([f"{label} ({gap(shown, gain)})" for label, gain in still])
     if len(still) == len(findings.of(task)) and len(still) > 4:
+        gains = [gain for _, gain in still]
         named = f"all of them ({gap(shown, min(gains))} to {gap(shown, max(gains))})"
     return [
         f"On {task} more than {gap(shown, threshold)} were gained {compared} by {named}. Their scores are what this "

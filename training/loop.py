@@ -121,43 +121,46 @@ class _Run:
 
     def run(self) -> History:
         # Streams, graphs and kernels are of the current GPU, which need not be the one that was asked for.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            if self.checkpoint is None:
-                return self._train()
-            with stop_signals() as stop:
-                return self._train(self.checkpoint, stop)
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        listening = contextlib.nullcontext(StopSignals()) if self.checkpoint is None else stop_signals()
+        with on_device, listening as stop:
+            return self._train(stop)
 
-    def _train(self, checkpoint: Checkpoint | None = None, stop: StopSignals | None = None) -> History:
+    def _train(self, stop: StopSignals) -> History:
         """Take the steps that are left; with a checkpoint, until `stop` says so."""
-        config, first = self.config, 0
+        checkpoint, first = self.checkpoint, 0
         self.model.train()
         self.started = self.began = time.perf_counter()
         if checkpoint is not None and checkpoint.kept is not None:
             first, self.before = checkpoint.step, checkpoint.seconds
             self._go_on_from(checkpoint.kept)
             checkpoint.kept = None  # as large as the model, three times
-            if stop is not None:
-                stop.at_once = True
+            stop.at_once = True
             self._after(first)
-        for step in range(first, config.steps):
-            if stop is not None:
-                stop.at_once = False
+        for step in range(first, self.config.steps):
+            stop.at_once = False
             self._step(step)
             done = step + 1
             if not self.warm:  # the first step holds the compilation: time from after it
                 self._restart_clock()
                 self.warm = True
-            if checkpoint is not None and stop is not None:
-                # Before what the step is followed by, which is done again where the run goes on. The last evaluation is
-                # the longest: what told us to stop may not wait for it.
-                last = done == config.steps
-                if stop() or last or checkpoint.due:
-                    self._keep(done, checkpoint, must=stop())
-                if stop():
-                    raise KeyboardInterrupt
-                stop.at_once = last and checkpoint.step == done
+            if checkpoint is not None:
+                self._pause(done, checkpoint, stop)
             self._after(done)
         return self.history
+
+    def _pause(self, done: int, checkpoint: Checkpoint, stop: StopSignals) -> None:
+        """Keep the run where that is due, and end it where it was told to stop.
+
+        Before what the step is followed by, which is done again where the run goes on. The last evaluation is the
+        longest: what told us to stop may not wait for it.
+        """
+        last = done == self.config.steps
+        if stop() or last or checkpoint.due:
+            self._keep(done, checkpoint, must=stop())
+        if stop():
+            raise KeyboardInterrupt
+        stop.at_once = last and checkpoint.step == done
 
     def _after(self, done: int) -> None:
         """Write the point and take the scores that are due after so many steps."""

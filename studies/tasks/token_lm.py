@@ -126,7 +126,11 @@ class TokenLm(LanguageTask):
         # What the files hold counts, not where they lie or how they were read.
         words = dataclasses.asdict(self.config)
         del words["train_file"], words["validation_file"], words["dtype"]
-        return {"type": self.type, **words, "text": [_digest(part) for part in self.parts]}
+        return {"type": self.type, **words, "text": self._digests}
+
+    @functools.cached_property
+    def _digests(self) -> list[str]:
+        return [_digest(part) for part in self.parts]
 
 
 def _digest(part: Tensor) -> str:
