@@ -40,5 +40,5 @@ def locate(cu_seqlens: Tensor, total: int) -> Packing:
     index = torch.arange(total, device=cu_seqlens.device)
     boundaries = cu_seqlens.long()
     # Of several boundaries at one place (empty sequences) the last one opens the sequence that holds the token.
-    sequence = torch.searchsorted(boundaries[1:].contiguous(), index, right=True)
+    sequence = torch.searchsorted(boundaries, index, right=True) - 1
     return Packing(sequence, index - boundaries[sequence])

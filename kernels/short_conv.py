@@ -116,10 +116,14 @@ class _ShiftedTaps(torch.autograd.Function):
         T = padded.shape[1] - weight.shape[1] + 1
         taps = weight.t().to(_sum_dtype(padded)).contiguous()  # [W, C]
         source = padded.to(taps.dtype)
+        last = taps.shape[0] - 1
         y = source[:, :T] * taps[0]
-        for w in range(1, taps.shape[0]):
+        for w in range(1, last):
             y.addcmul_(source[:, w : w + T], taps[w])
-        return y.to(padded.dtype)
+        # torch.compile of 2.11 drops the gradients of a result that was written into, or given back by `to` as it was.
+        if last:
+            y = torch.addcmul(y, source[:, last:], taps[last])
+        return y if y.dtype == padded.dtype else y.to(padded.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.autocast import without_autocast
+from hybridzoo.kernels.fused.slots_op import fused_attend_slots, slots_refusal
 from hybridzoo.kernels.packing import locate
 from hybridzoo.mixers.caches import Copies, Rows, StateCache, capturing
 from hybridzoo.mixers.memory import host_counts
@@ -50,11 +51,10 @@ class _Staged(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Of a token a row: its `row` and `slot [N]`, and which slots its query must not see, `hidden [N, C]`."""
+    """Of a token a row: its `row` and `slot [N]`."""
 
     row: Tensor
     slot: Tensor
-    hidden: Tensor
 
 
 class _Overwritten(NamedTuple):
@@ -141,23 +141,28 @@ class KVCache(StateCache):
     def attend_one(self, q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule) -> Tensor:
         """Write one token a row into its slot and attend from it: `q [N, 1, H, D]`, `k, v [N, 1, H_kv, D]`, rotated.
 
-        A query a row leaves nothing to choose: it is two products of matrices whatever `rule.backend` says, with sums,
-        scores and softmax in float32. Reads nothing on the host, so that it can stand in a CUDA graph.
+        A query a row leaves little to choose: where Triton runs a kernel of its own, elsewhere and for `reference` two
+        products of matrices, whatever else `rule.backend` says; sums, scores and softmax are float32. Reads nothing on
+        the host, so that it can stand in a CUDA graph.
         """
         if self.reserve(self.longest + 1) and capturing():
             raise RuntimeError("a cache cannot grow inside a CUDA graph: reserve room for the token before")
-        row, slot, hidden = self.once(("places", self.window, self.k.shape[2]), self._places)
+        row, slot = self.once(("places", self.window), self._places)
         if not self.k.is_cuda:  # where a call is checked before it is committed, and may be taken back
             self._overwritten = _Overwritten(slot, self.k[row, :, slot], self.v[row, :, slot])
         self.k[row, :, slot] = k[:, 0].to(self.k.dtype)
         self.v[row, :, slot] = v[:, 0].to(self.v.dtype)
+        if rule.backend != "reference" and slots_refusal(q, self.k, self.v) is None:
+            return fused_attend_slots(q, self.k, self.v, self.length, rule.scale, rule.softcap)
+        hidden = self.once(("hidden", self.k.shape[2]), self._hidden)
         return attend_slots(q, self.k, self.v, hidden, rule)
 
     def _places(self) -> _Places:
-        device = self.length.device
-        # In a ring every slot of a row that has gone round is within the window.
-        hidden = torch.arange(self.k.shape[2], device=device) > self.length[:, None]
-        return _Places(torch.arange(len(self.seen), device=device), self._slot(self.length), hidden)
+        return _Places(torch.arange(len(self.seen), device=self.length.device), self._slot(self.length))
+
+    def _hidden(self) -> Tensor:
+        """Which slots the query of a token a row must not see, `[N, C]`: none of a ring that has gone round."""
+        return torch.arange(self.k.shape[2], device=self.length.device) > self.length[:, None]
 
     def stage_tokens(
         self, k: Tensor | None, v: Tensor | None, conv: tuple[Tensor, ...], cu_seqlens: Tensor | None, T: int

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 
 from hybridzoo.kernels.norms import GateActivation, gated_rms_norm, rms_norm
 from hybridzoo.kernels.packing import check_packing
-from hybridzoo.kernels.short_conv import ConvActivation, ShortConvResult, _convolve, short_conv
+from hybridzoo.kernels.short_conv import ConvActivation, ShortConvResult, short_conv
 from hybridzoo.mixers.base import ConvInit
-
-# In torch 2.11 a compiler that reads into an autograd.Function takes a result that its forward wrote into, as this one
-# does, for one without a gradient: all gradients through it would be zero. Taken whole it is differentiated rightly.
-torch.compiler.allow_in_graph(_convolve)
 
 
 def count_sequences(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> int:

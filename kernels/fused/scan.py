@@ -19,6 +19,14 @@ from hybridzoo.kernels.fused.tile import mm
 
 
 @triton.jit
+def write_gates(w, at, start, length, seen, hv, HV, C: tl.constexpr):
+    """A scalar write gate at the tokens of block `at`, as it is stored: `[C]`, 0 outside."""
+    place = at * C - seen + tl.arange(0, C)
+    ok = (place >= 0) & (place < length)
+    return tl.load(w + (start + place).to(tl.int64) * HV + hv, mask=ok, other=0.0)
+
+
+@triton.jit
 def scan_blocks(
     S, v, w, W, qE, kZ, P, X, total, o, states, news, lo, hi, n, start, length, seen, base, origin, span, h, hv, vc,
     scale, H, HV, K, V,
@@ -37,7 +45,14 @@ def scan_blocks(
     vk_ok = v_ok[:, None] & k_ok[None, :]
     begin = seen // C
     o_sum = tl.zeros((BV,), tl.float32)
+    if WRITE == 1:
+        ahead = write_gates(w, lo, start, length, seen, hv, HV, C)
     for at in tl.range(lo, hi, num_stages=STAGES):
+        if WRITE == 1:
+            # Asked for a step ahead by hand: no asynchronous copy takes two bytes, so the compiler's pipeline leaves
+            # them out, and each step of the chain would wait for them.
+            gates = ahead
+            ahead = write_gates(w, at + 1, start, length, seen, hv, HV, C)
         slot = scratch_slot(n, at, base, begin, origin, span, WHOLE).to(tl.int64) * HV + hv
         kept = (base + at - begin).to(tl.int64) * HV + hv
         row = slot * C + i
@@ -49,7 +64,7 @@ def scan_blocks(
         cv_at, cv_ok = token[None, :] * V + vc[:, None], ok[None, :] & v_ok[:, None]
         N = tl.load(v + cv_at, mask=cv_ok, other=0.0).to(tl.float32)
         if WRITE == 1:
-            N = N * tl.load(w + token, mask=ok, other=0.0).to(tl.float32)[None, :]
+            N = N * gates.to(tl.float32)[None, :]
         elif WRITE == 2:
             N = N * tl.load(w + cv_at, mask=cv_ok, other=0.0).to(tl.float32)
         if CORRECT:

@@ -25,7 +25,8 @@ from hybridzoo.kernels.operators import define, dense_like
 from hybridzoo.kernels.recurrence_op import STATE, TOKENS
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
-REGISTERS = 64  # of a thread, what the kernel needs without spilling
+# Warps of a program, and registers of a thread: at most 32 numbers of the state, and what the kernel needs beside them.
+WARPS, REGISTERS = 4, 128
 
 
 class Step(NamedTuple):
@@ -53,13 +54,6 @@ class Step(NamedTuple):
         """The tensors as the kernel names them."""
         names = ("q", "k", "v", "g", "z", "down", "up", "e", "w", "S0", "sum0", "mean0", "count0")
         return cast("dict[str, Tensor | None]", dict(zip(names, self, strict=False)))
-
-
-class StepConfig(NamedTuple):
-    """How the kernel is cut: value channels of a program, and its warps."""
-
-    block_v: int
-    num_warps: int
 
 
 def no_gradient_to_come(tensors: Iterable[Tensor | None]) -> bool:
@@ -137,11 +131,11 @@ def _launches(
 
     (N, _, H, K), (HV, V) = qk, vo[2:]
     decay, erase, correct, write = gates
-    config = step_config(K, V)
-    parts = -(-V // config.block_v)
+    block_v = step_channels(K, V)
+    parts = -(-V // block_v)
     constants = {
         "BK": power(K),
-        "BV": config.block_v,
+        "BV": block_v,
         "PARTS": parts,
         "DECAY": decay,
         "ERASE": erase,
@@ -153,7 +147,7 @@ def _launches(
         "FLOOR": FLOOR,
     }
     numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}
-    schedule = {**options(config.num_warps), "maxnreg": REGISTERS}
+    schedule = {**options(WARPS), "maxnreg": REGISTERS}
     step = Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule, dtypes)
     if pair is None:
         return [step]
@@ -164,12 +158,11 @@ def _launches(
     return [Launch(readout_kernel, (N * HV, 1), numbers, constants, options(warps), dtypes), step]
 
 
-def step_config(K: int, V: int) -> StepConfig:
-    """The cut, from head sizes: 16 numbers of the state a thread and few registers otherwise, so that a multiprocessor
-    has 64 KiB of states on their way at once.
+def step_channels(K: int, V: int) -> int:
+    """Value channels of a program, from head sizes: 32 numbers of the state a thread, all asked for at once, so that a
+    multiprocessor has 64 KiB of states on their way. With 16 a thread, sums over keys wait for twice the warps.
     """
-    block_v = min(power(V), 32, 4096 // power(K))
-    return StepConfig(block_v, max(4, power(K) * block_v // 512))
+    return min(power(V), 32, 4096 // power(K))
 
 
 def _dense(step: Step) -> Step:
