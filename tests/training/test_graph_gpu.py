@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
 
 from hybridzoo.architectures import Spec, build_model
-from hybridzoo.training import Batch, TrainConfig, train
+from hybridzoo.training import Batch, Checkpoint, TrainConfig, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +42,7 @@ class TwoLengths:
         return {"loss": model(ids, labels=ids).loss.item()}
 
 
-def history(config, layers):
+def history(config, layers, task=None, checkpoint=None):
     spec = {
         "name": "graphed",
         "d_model": 32,
@@ -54,7 +56,7 @@ def history(config, layers):
         "ffn": {"type": "swiglu", "width": 32},
     }
     torch.manual_seed(0)
-    return train(build_model(Spec.from_dict(spec, "graphed")), TwoLengths(), config)
+    return train(build_model(Spec.from_dict(spec, "graphed")), task or TwoLengths(), config, checkpoint=checkpoint)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -81,3 +83,24 @@ def test_a_replayed_training_is_the_same_training(layers):
 def test_in_bfloat16_it_learns_too():
     graphed = history(dataclasses.replace(CONFIG, graph=True, amp="bf16"), "c a")
     assert graphed.loss[-1] < 0.9 * graphed.loss[0]
+
+
+class Stopped(TwoLengths):
+    """Has the process told to stop while the batch of step 17 is drawn."""
+
+    def batch(self, step, batch_size, generator):
+        if step == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().batch(step, batch_size, generator)
+
+
+def test_a_replayed_training_that_was_stopped_goes_on_to_the_same_end(tmp_path):
+    config = dataclasses.replace(CONFIG, graph=True, device="cuda")
+    whole = history(config, "c a")
+    path = tmp_path / "unfinished.pt"
+    with pytest.raises(KeyboardInterrupt):
+        history(config, "c a", Stopped(), Checkpoint(path, config))
+    checkpoint = Checkpoint(path, config)
+    assert checkpoint.step == 18
+    resumed = history(config, "c a", checkpoint=checkpoint)
+    assert resumed.loss == pytest.approx(whole.loss, rel=1e-4)
