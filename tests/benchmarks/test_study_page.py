@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from pathlib import Path
 
 import pytest
+from study_pages import PAGE, ROOT, SHARES, STUDY, lines_after, rows, scores_of
 
 from hybridzoo.studies.comparisons import with_the_best
 
-ROOT = Path(__file__).resolve().parents[2]
-STUDY = ROOT / "docs/studies/hybrids"
 PLACEMENT = ROOT / "docs/studies/placement"
-PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
-SHARES = {"0 %": "ratio=0", "12.5 %": "ratio=1/8", "25 %": "ratio=1/4", "50 %": "ratio=1/2"}
-
-
-def rows(stem: str, study: Path = STUDY) -> list[dict[str, str]]:
-    with (study / f"tables/{stem}.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def lines_after(title: str, page: str = PAGE) -> list[list[str]]:
-    """The cells of the first table below a title, header and rule included."""
-    lines = page[page.index(title) :].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
 
 
 def test_the_means_are_those_of_the_study() -> None:
@@ -173,19 +155,6 @@ def test_where_attention_stands_scored_what_its_page_says() -> None:
             assert seeds == ", ".join(f"{score:.1f}" for score in mine)
     told = {row["stack"] for row in rows("comparisons", PLACEMENT) if row["told_apart"] == "True"}
     assert told == {"last", "no attention"}
-    means = {place: sum(mine) / len(mine) for place, mine in scores_of(PLACEMENT / "eight").items()}
-    for other in (PAGE, (ROOT / "README.md").read_text(encoding="utf-8")):
-        said = re.search(r"recalls\s+([\d.]+) %\s+beside\s+gdn2\s+as\s+the\s+first,?\s+and\s+([\d.]+) %", other)
-        assert said
-        assert said.groups() == (f"{means['first']:.1f}", f"{means['last']:.1f}")
-
-
-def scores_of(study: Path) -> dict[str, list[float]]:
-    """Each stack's scores in per cent, a seed each, of a study of one task."""
-    scores: dict[str, list[float]] = {}
-    for row in rows("trials", study):
-        scores.setdefault(row["stack"], []).append(100 * float(row["score"]))
-    return scores
 
 
 @pytest.mark.parametrize("name", ["report.html", "study.yaml", "tuned.json", "ratio.png", "levels-needle.png"])

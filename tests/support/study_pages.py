@@ -1,0 +1,42 @@
+"""What the pages of studies that were run hold, and what they quote: tables of Markdown and of CSV."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "docs/studies/hybrids"
+PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
+SHARES = {"0 %": "ratio=0", "12.5 %": "ratio=1/8", "25 %": "ratio=1/4", "50 %": "ratio=1/2"}
+MIXERS = ("carve", "carve[erase=token]", "gdn2", "gated_delta_net", "mamba2")
+TASKS = ("recall", "overwrite", "needle", "text")
+
+
+def rows(stem: str, study: Path = STUDY) -> list[dict[str, str]]:
+    """One of a study's tables."""
+    with (study / f"tables/{stem}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines_after(title: str, page: str = PAGE) -> list[list[str]]:
+    """The cells of the first table below a title, header and rule included."""
+    lines = page[page.index(title) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+
+
+def scores_of(study: Path, task: str | None = None) -> dict[str, list[float]]:
+    """Each stack's scores, a seed each, of a study of one task, or on one: in per cent, on text in bits."""
+    scores: dict[str, list[float]] = {}
+    for row in rows("trials", study):
+        if task in (None, row["task"]):
+            scale = 1 if row["task"] == "text" else 100
+            scores.setdefault(row["stack"], []).append(scale * float(row["score"]))
+    return scores
+
+
+def means_of(study: Path, task: str | None = None) -> dict[str, float]:
+    """Each stack's mean of those."""
+    return {stack: sum(mine) / len(mine) for stack, mine in scores_of(study, task).items()}
