@@ -156,7 +156,10 @@ def _list_backends(as_json: bool) -> None:
     rows, auto = softmax.found(), softmax.chosen()
     recurrence = _recurrence()
     if as_json:
-        print_json({"attention": [row._asdict() for row in rows], "auto": auto, "recurrence": recurrence})
+        serving = "torch" if recurrence["triton"] else "triton"
+        print_json(
+            {"attention": [row._asdict() for row in rows], "auto": auto, "serving": serving, "recurrence": recurrence}
+        )
         return
     table = new_table()
     table.add_column("attention", style="bold", no_wrap=True)
@@ -173,6 +176,8 @@ def _list_backends(as_json: bool) -> None:
     console = stdout()
     console.print(table)
     console.print("auto takes " + ", ".join(f"[bold]{name}[/] for {case}" for case, name in auto.items()))
+    by = "products of matrices" if recurrence["triton"] else "a [bold]triton[/] kernel, but for reference"
+    console.print(f"generate and the server attend from one token a row by {by}, whatever backend is named")
     for name, refusal in recurrence.items():
         said = "yes" if refusal is None else f"[red]refused:[/] {escape(refusal)}"
         console.print(f"recurrent mixers by [bold]{name}[/]: {said}")

@@ -99,6 +99,8 @@ def test_every_backend_is_listed_with_what_it_does_here_or_why_it_is_refused(run
             assert f"refused: {row['inference']}"[:60] in out
     assert all(f"{name} for {case}" in out for case, name in data["auto"].items())
     assert set(data["recurrence"]) == {"triton", "torch", "reference"}
+    assert data["serving"] == ("torch" if data["recurrence"]["triton"] else "triton")
+    assert "one token a row by" in out
 
 
 def test_two_questions_at_once_are_refused(run):
