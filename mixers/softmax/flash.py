@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridzoo.mixers.softmax.imports import capability, device_refusal, import_refusal
+from hybridzoo.mixers.softmax.imports import capability, device_refusal, import_refusal, version_refusal
 from hybridzoo.mixers.softmax.packed import line_up
 from hybridzoo.mixers.softmax.rule import Backend, Call, SoftmaxRule, call_of
 
 LARGEST_HEAD = 256
 HEAD_STEP = 8  # loads are of 16 bytes
+OLDEST_4 = "4.0.0b11"  # the first that asks for the quack-kernels whose functions it calls
 
 
 def refusal(call: Call) -> str | None:
@@ -36,7 +37,10 @@ def refusal(call: Call) -> str | None:
 
 
 def refusal_4(call: Call) -> str | None:
-    """Why flash-attn-4 cannot run this call, or None; read from its interface at 4.0.0b10 to b36."""
+    """Why flash-attn-4 cannot run this call, or None; read from its interface at 4.0.0b11 to b36."""
+    too_old = "whose backward pass fails with quack-kernels 0.4"
+    if (why := version_refusal("flash-attn-4", OLDEST_4, too_old)) is not None:
+        return why
     if (why := import_refusal("flash_attn.cute", "flash_attn_varlen_func", "flash-attn-4")) is not None:
         return why
     if call.compiling:

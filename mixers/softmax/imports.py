@@ -11,6 +11,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch.torch_version import TorchVersion
 
 from hybridzoo.mixers.extras import how_to_install
 
@@ -37,6 +38,23 @@ def _import_refusal(module: str, attribute: str, package: str) -> str | None:
         first = str(error).strip().partition("\n")[0]
         return f"needs {module}.{attribute}, which cannot be imported ({type(error).__name__}: {first})"
     return None
+
+
+@torch.compiler.assume_constant_result
+def version_refusal(package: str, oldest: str, why: str) -> str | None:
+    """Why the installed `package` cannot be used, or None: `why` is what ails versions before `oldest`.
+
+    A module without a distribution has no version, and is not refused.
+    """
+    return _version_refusal(package, oldest, why)
+
+
+@functools.cache
+def _version_refusal(package: str, oldest: str, why: str) -> str | None:
+    found = installed(package)
+    if found is None or not TorchVersion(found) < oldest:  # as packages' versions compare: b9 before b10
+        return None
+    return f"needs {package} {oldest} or later, got {found}, {why}: {how_to_install(package)}"
 
 
 @torch.compiler.assume_constant_result

@@ -13,12 +13,29 @@ SHAPES = {
     "B1 T32768 H16 D128": (1, 32768, 16, 128),
     "B8 T1024 H12 D64": (8, 1024, 12, 64),
 }
+LARGE, LONG, SMALL = SHAPES.values()
 PASSES = ("forward", "forward_backward")
+NOTES = "benchmarks/NOTES.md"
+
+
+def results_of(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))["results"]
 
 
 def recorded() -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
-    record = json.loads((ROOT / "benchmarks/results/triton_backend.json").read_text(encoding="utf-8"))
-    return {(result["mixer"], tuple(result["shape"].values())): result for result in record["results"]}
+    return {(result["mixer"], tuple(result["shape"].values())): result for result in results_of("triton_backend")}
+
+
+def text_of(page: str) -> str:
+    """A page, its lines joined: where they break says nothing."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def figures(page: str, pattern: str) -> tuple[str, ...]:
+    """What the groups of `pattern` are in the text of a page, which has it once."""
+    found = list(re.finditer(pattern, text_of(page)))
+    assert len(found) == 1, (page, pattern, len(found))
+    return found[0].groups()
 
 
 def ratio(result: dict[str, Any], which: str, beside: dict[str, Any] | None = None) -> str:
@@ -48,37 +65,140 @@ def test_the_table_of_times_is_what_was_recorded() -> None:
     assert cells > 20
 
 
-def test_the_front_page_quotes_it() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    found, shape = recorded(), SHAPES["B8 T4096 H16 D128"]
-    sentence = re.search(
-        r"forward \+ backward takes ([^;]*); carve, which it\s+lacks, takes (\S+)"
-        r" of the time of its gdn2, and forward alone (\S+),",
-        page,
+def test_what_is_said_of_that_table_is_what_was_recorded() -> None:
+    found = recorded()
+    pairs = {(*at, which): r[which] for at, r in found.items() for which in PASSES if "fla" in r[which]}
+    slower = {at for at, ms in pairs.items() if ms["hybridzoo"] > ms["fla"]}
+    assert slower == {(*at, "forward") for at in (("mamba2", LARGE), ("mamba2", LONG), ("delta_net", LONG))}
+    pattern = r"takes (\S+) GiB beside the inputs for gdn2 where fla takes ([\d.]+), (\S+) for kda \((\S+)\),"
+    peaks = [found[mixer, LARGE]["peak_gib"][side] for mixer in ("gdn2", "kda") for side in ("hybridzoo", "fla")]
+    assert figures("docs/kernels.md", pattern) == tuple(f"{peak:.2f}" for peak in peaks)
+    costs = tuple(content_cost(found, L) for L in (64, 128))
+    pattern = r"gate makes it (\S+) times as long as with a token gate \(`content_chunk` 64; (\S+) times with 128\)"
+    assert figures("docs/kernels.md", pattern) == costs
+    pattern = r"against `erase=token`: (\S+) times its forward \+ backward at L = 64 and (\S+) at L = 128"
+    assert figures(NOTES, pattern) == costs
+
+
+def content_cost(found: dict[tuple[str, tuple[int, ...]], dict[str, Any]], L: int) -> str:
+    """What a content gate makes of forward + backward at the first shape, of the token gate's."""
+    content = found["carve" if L == 64 else f"carve[content_chunk={L}]", LARGE][PASSES[1]]["hybridzoo"]
+    return f"{content / found['carve[erase=token]', LARGE][PASSES[1]]['hybridzoo']:.2f}"
+
+
+def test_the_notes_have_every_row_of_that_record() -> None:
+    found, lines = recorded(), rows_below(NOTES, "Recorded on one H200: `results/triton_backend.json`")
+    assert len(lines) == len(found)
+    for mixer, shape, *cells in lines:
+        result = found[mixer, tuple(map(int, shape.split()))]
+        times = [
+            " / ".join(f"{result[which][side]:.2f}" if side in result[which] else "-" for which in PASSES)
+            for side in ("hybridzoo", "fla")
+        ]
+        both = [times[1], " / ".join(ratio(result, which) for which in PASSES)]
+        peaks = ", ".join(f"{peak:.2f}" for peak in result["peak_gib"].values())
+        assert cells == [times[0], *(both if "fla" in result["forward"] else ("", "")), peaks], (mixer, shape)
+    said = figures(
+        NOTES, r"which is the nearest, carve takes (\S+) / (\S+) at the first shape and (\S+) / (\S+) at the"
     )
-    assert sentence
-    of = {mixer: found[mixer, shape] for mixer in ("gdn2", "kda", "gla", "delta_net", "carve")}
-    assert re.findall(r"0\.\d\d", sentence[1]) == [
+    pairs = [(found["carve", shape], which, found["gdn2", shape]) for shape in (LARGE, SMALL) for which in PASSES]
+    assert said == tuple(ratio(*pair) for pair in pairs)
+
+
+def test_the_notes_say_what_a_write_gate_a_step_ahead_came_to() -> None:
+    found = recorded()
+    mixers = ("gdn2", "gla", "kda", "carve[erase=token]", "delta_net", "gated_delta_net", "mamba2")
+    forward = {
+        (mixer, shape): found[mixer, shape]["forward"]["hybridzoo"] for mixer in mixers for shape in (LARGE, LONG)
+    }
+    for (_, *cells), shape in zip(rows_below(NOTES, "what else differed"), (LARGE, LONG), strict=True):
+        assert [cell.split(", ")[1] for cell in cells] == [f"{forward[mixer, shape]:.2f}" for mixer in mixers]
+    behind = [f"{forward['kda', shape] - forward['gdn2', shape]:.2f}" for shape in (LARGE, LONG)]
+    assert figures(NOTES, r"kda is now (\S+) and (\S+) behind gdn2") == tuple(behind)
+
+
+def test_the_notes_say_which_targets_are_met() -> None:
+    found, mixers = recorded(), ("gdn2", "kda", "gla", "delta_net")
+    lines = rows_below(NOTES, "### Against the targets")
+    missed = set()
+    for (label, *targets), (_, *cells), shape in zip(lines[::2], lines[1::2], SHAPES.values(), strict=True):
+        assert label == f"{' '.join(map(str, shape))}: at most"
+        for mixer, target, cell in zip(mixers, targets, cells, strict=True):
+            result = found[mixer, shape]
+            assert cell == " / ".join(ratio(result, which) for which in PASSES), (mixer, shape)
+            most = [float(number) for number in target.split(" / ")] * (1 if "/" in target else 2)
+            for which, number in zip(PASSES, most, strict=True):
+                if result[which]["hybridzoo"] > number * result[which]["fla"]:
+                    missed.add((mixer, shape, which))
+    nearly = ("kda", LARGE, PASSES[1])
+    assert missed == {nearly, *((mixer, SMALL, which) for mixer in mixers for which in PASSES)}
+    kda = found["kda", LARGE][PASSES[1]]
+    assert figures(NOTES, r"but for kda's (\S+) where") == (f"{kda['hybridzoo'] / kda['fla']:.3f}",)
+
+    trained = {key: result[PASSES[1]]["hybridzoo"] for key, result in found.items()}
+    of_kda = {
+        mixer: [f"{trained[mixer, shape] / trained['kda', shape]:.2f}" for shape in SHAPES.values()]
+        for mixer in ("gated_delta_net", "mamba2")
+    }
+    steps = steps_of_copies()
+    values = [*of_kda.values(), [content_cost(found, L) for L in (64, 128)], [steps["mamba2"]]]
+    values.append([steps[mixer] for mixer in ("gdn2", "kda", "carve")])
+    for (_, most, cell, verdict), numbers in zip(rows_below(NOTES, "which is the host's"), values, strict=True):
+        assert cell == ", ".join(numbers)
+        assert {float(number) <= float(most) for number in numbers} == {verdict == "met"}
+
+
+def steps_of_copies() -> dict[str, str]:
+    """A decode step of 256 sequences, of a copy of their states."""
+    return {r["mixer"]: f"{r['of_the_copy']:.2f}" for r in results_of("decode") if r["shape"]["B"] == 256}
+
+
+def test_the_decode_steps_are_what_was_recorded() -> None:
+    steps = steps_of_copies()
+    pattern = r"takes (\S+) times a plain copy of the same state for mamba2, (\S+) for kda and gdn2 and (\S+) for carve"
+    assert steps["kda"] == steps["gdn2"]
+    assert figures("docs/kernels.md", pattern) == (steps["mamba2"], steps["kda"], steps["carve"])
+    _, now = rows_below(NOTES, "(`results/decode.json`)")
+    found = {(r["mixer"], r["shape"]["B"]): r for r in results_of("decode")}
+    mixers = ("gdn2", "kda", "mamba2", "carve")
+    assert now[1:] == [f"{found[m, 256]['graph']['step']['device']:.0f}, {steps[m]}" for m in mixers]
+    host = {mixer: round(found[mixer, 1]["eager"]["step"]["device"]) for mixer in mixers}
+    carve = host.pop("carve")
+    said = figures(NOTES, r"for one sequence: (\d+) to (\d+) us gdn2, kda and mamba2, (\d+) carve")
+    assert said == (str(min(host.values())), str(max(host.values())), str(carve))
+
+
+def test_the_front_page_quotes_it() -> None:
+    of = {mixer: result for (mixer, shape), result in recorded().items() if shape == LARGE}
+    passed, carve, forward, gated, mamba2 = figures(
+        "README.md",
+        r"forward \+ backward takes ([^;]*); carve, which it lacks, takes (\S+) of the time of its gdn2, and forward"
+        r" alone (\S+), .* forward alone takes (\S+) and (\d\.\d\d)",
+    )
+    assert re.findall(r"0\.\d\d", passed) == [
         ratio(of[mixer], PASSES[1]) for mixer in ("gdn2", "kda", "gla", "delta_net")
     ]
-    assert sentence[2] == ratio(of["carve"], PASSES[1], of["gdn2"])
-    assert sentence[3] == ratio(of["carve"], PASSES[0], of["gdn2"])
+    assert carve == ratio(of["carve"], PASSES[1], of["gdn2"])
+    assert forward == ratio(of["carve"], PASSES[0], of["gdn2"])
+    assert (gated, mamba2) == tuple(ratio(of[mixer], PASSES[0]) for mixer in ("gated_delta_net", "mamba2"))
 
 
 def test_the_page_beside_other_libraries_quotes_it() -> None:
-    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
-    beside = [result for result in recorded().values() if all("fla" in result[which] for which in PASSES)]
-    assert (len({result["mixer"] for result in beside}), len(beside)) == (4, 12)
-    both, forward = (sorted(float(ratio(result, which)) for result in beside) for which in reversed(PASSES))
-    said = re.search(r"takes (0\.\d\d) to (\d\.\d\d) of its\s+time, forward alone (0\.\d\d) to (\d\.\d\d)", page)
-    assert said
-    assert [float(number) for number in said.groups()] == [both[0], both[-1], forward[0], forward[-1]]
-    layers = json.loads((ROOT / "benchmarks/results/layer.json").read_text(encoding="utf-8"))["results"]
-    kda = next(layer for layer in layers if layer["side"] == "fla" and layer["mixer"] == "kda")
+    page = "docs/comparison.md"
+    found: dict[str, list[float]] = {}
+    for which, mixers in zip(PASSES, (6, 4), strict=True):
+        beside = [result for result in recorded().values() if "fla" in result[which]]
+        assert (len({result["mixer"] for result in beside}), len(beside)) == (mixers, 3 * mixers)
+        found[which] = sorted(float(ratio(result, which)) for result in beside)
+    said = figures(
+        page,
+        r"forward \+ backward of four mixers takes (0\.\d\d) to (\d\.\d\d) of its time, "
+        r"forward alone of six (0\.\d\d) to (\d\.\d\d)",
+    )
+    assert [float(number) for number in said] == [found[which][end] for which in reversed(PASSES) for end in (0, -1)]
+    kda = next(layer for layer in results_of("layer") if layer["side"] == "fla" and layer["mixer"] == "kda")
     numbers = [f"{kda[key][side]:.0f}" for key in ("kept_mib", "peak_mib") for side in ("hybridzoo", "fla")]
-    assert re.search(
-        r"(\d+) MiB are kept.*keeps (\d+),.*?(\d+) MiB against\s+(\d+)", page, re.DOTALL
-    ).groups() == tuple(numbers)
+    assert figures(page, r"(\d+) MiB are kept.*keeps (\d+),.*?(\d+) MiB against (\d+)") == tuple(numbers)
 
 
 def rows_below(page: str, text: str) -> list[list[str]]:
@@ -90,7 +210,7 @@ def rows_below(page: str, text: str) -> list[list[str]]:
 
 
 def test_the_times_of_attention_are_what_was_recorded() -> None:
-    results = json.loads((ROOT / "benchmarks/results/attention.json").read_text(encoding="utf-8"))["results"]
+    results = results_of("attention")
     lines = rows_below("docs/attention.md", "`auto`'s choice in bold")
     for result, (_, *cells) in zip(results.values(), lines, strict=True):
         for backend, cell in zip(("sdpa", "flex"), cells, strict=True):
@@ -99,8 +219,63 @@ def test_the_times_of_attention_are_what_was_recorded() -> None:
         assert result["auto"] == result["fastest"]  # of those that were there
 
 
+def test_the_times_of_xformers_are_what_was_recorded() -> None:
+    alone, results = results_of("attention"), results_of("attention-xformers")
+    lines = rows_below("docs/attention.md", "in a run of its own beside `sdpa`")
+    for result, (_, *cells) in zip(results.values(), lines, strict=True):
+        for backend, cell in zip(("xformers", "sdpa"), cells, strict=True):
+            assert cell == " / ".join(
+                f"{result['ms'][which][backend]:.2f}" for which in PASSES if which in result["ms"]
+            )
+    faster = {
+        name: [alone[name]["ms"][which]["flex"] < results[name]["ms"][which]["xformers"] for which in PASSES]
+        for name in ("window", "packed")
+    }
+    assert faster == {"window": [True, True], "packed": [True, False]}  # as the page says of `flex`
+    decoding = results["decoding"]
+    said = figures(NOTES, r"query head: (\S+) GiB and (\S+) ms a token, where `sdpa` takes (\S+) ms")
+    times = [f"{decoding['ms']['forward'][backend]:.1f}" for backend in ("xformers", "sdpa")]
+    assert said == (f"{decoding['peak_mib']['forward']['xformers'] / 1024:.1f}", *times)
+
+
+def test_the_times_of_the_convolution_are_what_was_recorded() -> None:
+    results = {result["operation"]: result for result in results_of("conv")}
+    sides = ("hybridzoo", "pytorch", "pytorch, compiled", "fla", "copy")
+
+    def times(operation: str, side: str) -> list[float]:
+        return [results[operation][which][side] for which in PASSES if side in results[operation][which]]
+
+    expected = [[name, *(" / ".join(f"{ms:.2f}" for ms in times(name, side)) for side in sides)] for name in results]
+    assert rows_below("docs/kernels.md", "benchmarks/results/conv.json") == expected
+    assert rows_below(NOTES, "results/conv.json") == expected
+
+    def ratios(operation: str, side: str, of: str, digits: int) -> tuple[str, ...]:
+        pairs = zip(times(operation, side), times(operation, of), strict=True)
+        return tuple(f"{ms / peer:.{digits}f}" for ms, peer in pairs)
+
+    plain, packed, norm, gate = results
+    of_copy = ratios(plain, "hybridzoo", "copy", 1)
+    pattern = r"The convolution takes (\S+) times its copy forward and (\S+) times forward \+ backward"
+    assert figures("docs/kernels.md", pattern) == of_copy
+    pattern = (
+        r"convolution takes (\S+) / (\S+), packed (\S+) / (\S+), and of the compiled one's (\S+) / (\S+)\. Of its copy"
+    )
+    of_peers = [ratios(name, "hybridzoo", "fla", 2) for name in (plain, packed)]
+    assert figures(NOTES, pattern) == sum([*of_peers, ratios(plain, "hybridzoo", "pytorch, compiled", 2)], ())
+    compiled = [ratios(name, "pytorch, compiled", "copy", 1) for name in (norm, gate)]
+    pattern = r"gated RMSNorm takes (\S+) / (\S+) times its copy, the decay gate (\S+) / (\d\.\d)"
+    assert figures(NOTES, pattern) == sum(compiled, ())
+    assert figures(NOTES, r"Of its copy it takes (\S+) / (\S+) times") == of_copy
+
+
+def test_the_check_on_a_gpu_has_as_many_tests_as_is_said() -> None:
+    check = json.loads((ROOT / "benchmarks/results/triton_check.json").read_text(encoding="utf-8"))
+    assert not check["failed"]
+    assert figures("docs/kernels.md", r"such a FILE: (\d+) tests on an H200, none") == (str(len(check["passed"])),)
+
+
 def test_the_tokens_a_second_are_what_was_recorded() -> None:
-    results = json.loads((ROOT / "benchmarks/results/inference.json").read_text(encoding="utf-8"))["results"]
+    results = results_of("inference")
     lines = {model: cells for model, *cells in rows_below("docs/inference.md", "MiB that a sequence keeps")}
     assert set(lines) == {result["model"] for result in results}
     for model, cells in lines.items():
@@ -110,3 +285,33 @@ def test_the_tokens_a_second_are_what_was_recorded() -> None:
         if "carve" in model:  # its decode step does not slow with context
             times = [one["ms_a_step"]["graph"] for one in mine if one["B"] == 1]
             assert max(times) < 1.01 * min(times)
+
+
+def test_what_is_said_of_whole_models_is_what_was_recorded() -> None:
+    results = [result for result in results_of("inference") if "ms_a_step" in result]
+    step = {(result["model"], result["B"], result["context"]): result["ms_a_step"]["graph"] for result in results}
+    ours, peer, carve = "transformer-1.3b", "transformers Llama", "carve-1.3b"
+    said = figures("docs/inference.md", r"it takes (\S+) ms for our Transformer, (\S+) for Llama and (\S+) for carve")
+    assert said == tuple(f"{step[model, 1, 1024]:.1f}" for model in (ours, peer, carve))
+    eager = [result["ms_a_step"]["eager"] for result in results]
+    said = figures("docs/inference.md", r"the host is what counts, a step takes (\d+) to (\d+) ms")
+    assert said == (f"{min(eager):.0f}", f"{max(eager):.0f}")
+    more = [step[peer, B, C] / step[model, B, C] - 1 for model, B, C in step if model == ours]
+    said = figures("docs/inference.md", r"Ours makes (\d+) to (\d+) % more tokens a second than Llama")
+    assert said == (f"{100 * min(more):.0f}", f"{100 * max(more):.0f}")
+    shorter = [1 - step[model, B, C] / step[peer, B, C] for model, B, C in step if model == ours]
+    said = figures(NOTES, r"now (\d+) to (\d+) % shorter than Llama's, at every context")
+    assert said == (f"{100 * min(shorter):.0f}", f"{100 * max(shorter):.0f}")
+
+    shown = ((1, 1024), (1, 65536), (64, 1024), (64, 8192))
+    for model, *cells in rows_below(NOTES, "## Whole models that decode"):
+        times = [step[model.replace("transformers' ", "transformers "), *at] for at in shown]
+        assert cells == [f"{ms:#.3g}" for ms in times]
+    longer = {model: step[model, 1, 65536] - step[model, 1, 1024] for model in (ours, peer)}
+    said = figures(NOTES, r"recorded: (\S+) ms from 1k to 64k, (\S+) TB/s, Llama's ([\d.]+);")
+    held = {result["context"]: result["kv_bytes_a_sequence"] for result in results if result["model"] == ours}
+    rate = (held[65536] - held[1024]) / longer[ours] / 1e9
+    assert said == (f"{longer[ours]:.2f}", f"{rate:.1f}", f"{longer[peer]:.2f}")
+    rates = [64 * held[8192] / step[model, 64, 8192] / 1e9 for model in (ours, peer)]
+    said = figures(NOTES, r"in a step of (\S+) ms, (\S+) TB/s, where Llama has ([\d.]+)\. A step")
+    assert said == (f"{step[ours, 64, 8192]:.1f}", *(f"{rate:.1f}" for rate in rates))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from hybridzoo.mixers import memory
 from hybridzoo.mixers.attention import Attention
 from hybridzoo.mixers.memory import host_bounds, remembered
-from hybridzoo.mixers.softmax import BACKENDS, SoftmaxRule, attend, backends, flex
+from hybridzoo.mixers.softmax import BACKENDS, SoftmaxRule, attend, backends, flex, imports
 from hybridzoo.mixers.softmax.backends import choose, chosen, found, order, usual_call
 from hybridzoo.mixers.softmax.spans import batched_spans, packed_spans, visible
 
@@ -331,6 +331,47 @@ def test_flash_refuses_what_neither_package_takes(
     assert why in str(BACKENDS["flash"].refusal(call._replace(**changes)))
     if packages:
         assert BACKENDS["flash"].refusal(call) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"),
+    [("4.0.0b9", True), ("4.0.0b10", True), ("4.0.0b11", False), ("4.0.0b36", False), ("4.0.0", False)],
+)
+def test_a_flash_attn_4_whose_backward_fails_is_refused_with_what_would_be_right(
+    monkeypatch: pytest.MonkeyPatch, number: str, refused: bool
+) -> None:
+    call = usual_call(device="cuda", dtype=torch.bfloat16)
+    attention_stand_ins.install(monkeypatch, "flash-attn-4", versions={"flash-attn-4": number})
+    said = (
+        f"with flash-attn-4 needs flash-attn-4 4.0.0b11 or later, got {number}, whose backward pass fails with "
+        "quack-kernels 0.4: pip install -e '.[flash]' in a clone of hybridzoo; with flash-attn 2 needs"
+    )
+    for gradient in (True, False):
+        why = BACKENDS["flash"].refusal(call._replace(gradient=gradient))
+        assert str(why).startswith(said) if refused else why is None
+
+
+def test_flash_attn_2_computes_where_flash_attn_4_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_attention(T=5, heads=(2, 2), D=8, cached=(0,)).to(torch.bfloat16)
+    expected = problem.results("reference")
+    packages = ("flash-attn", "flash-attn-4")
+    attention_stand_ins.install(monkeypatch, *packages, versions={"flash-attn-4": "4.0.0b10"})
+    monkeypatch.setattr("flash_attn.cute.flash_attn_func", None)
+    errors = apart(problem.results("flash"), expected)
+    assert max(errors.values()) < 1.5e-2, errors
+
+
+def test_a_version_is_a_constant_to_a_compiler() -> None:
+    said: list[str | None] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        said.append(imports.version_refusal("numpy", "99", "which is too old"))  # a package that is there
+        return x if said[-1] is None else x + 1
+
+    torch._dynamo.reset()
+    y = torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2))
+    assert torch.equal(y, torch.ones(2))
+    assert f"needs numpy 99 or later, got {version('numpy')}, which is too old" in str(said[-1])
 
 
 def test_what_was_found_is_said_of_every_backend() -> None:

@@ -8,6 +8,7 @@ write, the gradient of keys after the last sequence, is NaN here.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -226,8 +227,11 @@ def _xformers() -> dict[str, ModuleType]:
     return modules
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """Put stand-ins for `packages` (by their distributions' names) in the place of modules, as on a Hopper GPU."""
+def install(monkeypatch: pytest.MonkeyPatch, *packages: str, versions: Mapping[str, str] | None = None) -> None:
+    """Put stand-ins for `packages` (by their distributions' names) in the place of modules, as on a Hopper GPU.
+
+    They are no distributions, and so have no versions but those that are given.
+    """
     second = _flash_2()
     modules = {"flash_attn": second if "flash-attn" in packages else ModuleType("flash_attn")}
     if "flash-attn-4" in packages:
@@ -240,4 +244,6 @@ def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     for backend in (flash, xformers):
         monkeypatch.setattr(backend, "device_refusal", lambda *_: None)
     monkeypatch.setattr(flash, "capability", lambda *_: 9)
-    monkeypatch.setattr(imports, "_import_refusal", imports._import_refusal.__wrapped__)
+    monkeypatch.setattr(imports, "installed", (versions or {}).get)
+    for name in ("_import_refusal", "_version_refusal"):
+        monkeypatch.setattr(imports, name, getattr(imports, name).__wrapped__)
