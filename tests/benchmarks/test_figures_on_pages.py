@@ -315,3 +315,17 @@ def test_what_is_said_of_whole_models_is_what_was_recorded() -> None:
     rates = [64 * held[8192] / step[model, 64, 8192] / 1e9 for model in (ours, peer)]
     said = figures(NOTES, r"in a step of (\S+) ms, (\S+) TB/s, where Llama has ([\d.]+)\. A step")
     assert said == (f"{step[ours, 64, 8192]:.1f}", *(f"{rate:.1f}" for rate in rates))
+
+
+def test_the_front_page_says_how_fast_models_are_served() -> None:
+    made = {
+        result["model"]: f"{result['tokens_per_s']['graph']:,.0f}"
+        for result in results_of("inference")
+        if (result["B"], result["context"]) == (64, 8192)
+    }
+    pattern = (
+        r"64 sequences of 8,192 tokens each, models of 1\.3B make ([\d,]+) tokens a second as a Transformer "
+        r"\(transformers' Llama of that size: ([\d,]+)\), ([\d,]+) as three CARVE .* and ([\d,]+) as CARVE alone"
+    )
+    models = ("transformer-1.3b", "transformers Llama", "carve-hybrid-1.3b", "carve-1.3b")
+    assert figures("README.md", pattern) == tuple(made[model] for model in models)
