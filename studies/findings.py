@@ -65,9 +65,9 @@ class Cell:
 
     def gained(self, metric: str, maximise: bool) -> float:
         """How much the mean curve's last fifth is better than the fifth before it."""
-        _, curves = self.curve(metric)
+        steps, curves = self.curve(metric)
         means = [statistics.fmean(values) for values in zip(*curves, strict=False)]
-        return late_gain(means, maximise)
+        return late_gain(steps[: len(means)], means, maximise)
 
 
 @dataclass(frozen=True)

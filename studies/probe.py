@@ -71,6 +71,7 @@ def run_probe(probe: ProbeJob, send: Send) -> Probe:
         step, spread = _mean_and_spread(seconds, sample.warm)
         quick, full = _evaluations(model, task, spec, sample.last, config, probe.limit)
     on_the_way = (config.steps - 1) // config.eval_every if config.eval_every else 0
+    on_the_way += on_the_way > 0  # the curve's last point, beside the score
     scoring = 0.0 if quick is None or full is None else on_the_way * quick + full
     total = built + config.steps * step + scoring
     missing = {"evaluations": full is None, "compilation": config.compiled()}

@@ -14,7 +14,7 @@ from hybridzoo.studies.comparisons import SEEDS
 from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
 from hybridzoo.studies.optimum import Optimum
 from hybridzoo.studies.solve import BUDGET_WORDS
-from hybridzoo.studies.stats import last_points, spread
+from hybridzoo.studies.stats import late_windows, spread
 from hybridzoo.studies.tasks import Shown
 from hybridzoo.studies.verdicts import (
     GUESSES,
@@ -333,9 +333,8 @@ def training_notes(findings: Findings, task: str) -> list[str]:
     moving = [(cell.stack.label, cell.gained(shown.metric, shown.maximise)) for cell in cells]
     still = [(label, gain) for label, gain in moving if gain > threshold]
     steps = cells[0].curve(shown.metric)[0]
-    points = last_points(len(steps))
-    later, before = (joined(list(map(str, some))) for some in (steps[-points:], steps[-2 * points : -points]))
-    compared = f"from step{'s' * (points > 1)} {before} to {later}"
+    before, later = ([str(steps[i]) for i in points] for points in late_windows(steps))
+    compared = f"from step{'s' * (len(before) > 1)} {joined(before)} to {joined(later)}"
     if not still:
         return [f"On {task} no stack gained more than {gap(shown, threshold)} {compared}."]
     named = joined([f"{label} ({gap(shown, gain)})" for label, gain in still])

@@ -173,22 +173,29 @@ def pareto_frontier(costs: Sequence[float], values: Sequence[float], maximise: b
     return frontier
 
 
-def late_gain(values: Sequence[float], maximise: bool, share: float = 0.2) -> float:
-    """Return how much better the mean of the last `share` of the values is than that of as many before; 0 if not.
+def late_gain(steps: Sequence[int], values: Sequence[float], maximise: bool, share: float = 0.2) -> float:
+    """Return how much better the mean of the values in the last `share` of the steps is than that in as many before; 0
+    if not.
 
     What an undertrained stack shows, so that its final score is not read as its ceiling. Means of several points, where
     there are several, so that one lucky evaluation is not read as learning.
     """
-    if len(values) < 2:
+    before, later = late_windows(steps, share)
+    if not before:
         return 0.0
-    points = last_points(len(values), share)
-    gain = statistics.fmean(values[-points:]) - statistics.fmean(values[-2 * points : -points])
+    gain = statistics.fmean(values[i] for i in later) - statistics.fmean(values[i] for i in before)
     return max(0.0, gain if maximise else -gain)
 
 
-def last_points(n: int, share: float = 0.2) -> int:
-    """Return how many of `n` values `late_gain` compares with as many before."""
-    return max(1, round(share * n))
+def late_windows(steps: Sequence[int], share: float = 0.2) -> tuple[list[int], list[int]]:
+    """Return which of the points after so many steps `late_gain` compares: those before, and those in the last `share`
+    of the steps. Where no point lies in as many steps before, the one that is nearest; none where there is none."""
+    if not steps:
+        return [], []
+    first, second = ((1 - part * share) * steps[-1] for part in (2, 1))
+    later = [i for i, step in enumerate(steps) if step > second]
+    before = [i for i, step in enumerate(steps) if first < step <= second]
+    return before or list(range(later[0]))[-1:], later
 
 
 def spread(values: Sequence[float]) -> float:

@@ -28,7 +28,7 @@ from hybridzoo.studies.gates import gate_statistics
 from hybridzoo.studies.results import SHORT_KEY, canonical, content_key
 from hybridzoo.studies.stack import trained_part
 from hybridzoo.studies.tasks import Shown, StudyTask, build_task
-from hybridzoo.training import DivergedError, History, TrainConfig, train
+from hybridzoo.training import DivergedError, Evaluation, History, TrainConfig, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def check_scores(history: History, shown: Shown, steps: int) -> None:
 
     Raises: `DivergedError` or `NoScoreError`, which name the score and the step.
     """
-    for evaluation in history.evaluations:
+    for evaluation in (*history.evaluations, Evaluation(steps, history.quick_at_end)):
         for name, value in evaluation.metrics.items():
             if not math.isfinite(value):
                 said = f"step {evaluation.step} of {steps}: the score '{name}' is {value}, not a finite number"

@@ -23,8 +23,9 @@ class History:
     """The record of one run.
 
     `steps[i]` steps had been taken when point i was written; `loss[i]`, `grad_norm[i]` are means over the steps since
-    the point before, `lr[i]` the last rate. `seconds` is training alone, without evaluation and without compiling's
-    first step; `tokens` are those trained on in that time.
+    the point before, `lr[i]` the last rate. The last of the `evaluations` is of all that the task holds out, those
+    before of less; `quick_at_end` are the scores of that less after the last step, where any came before. `seconds` is
+    training alone, without evaluation and without compiling's first step; `tokens` are those trained on in that time.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -32,6 +33,7 @@ class History:
     lr: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    quick_at_end: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
     device: str = "cpu"
@@ -46,8 +48,10 @@ class History:
         return dict(self.evaluations[-1].metrics) if self.evaluations else {}
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Return the steps and values of one metric over the run."""
+        """Return the steps and values of one metric over the run, all of them of the same held-out data."""
         points = [(e.step, e.metrics[metric]) for e in self.evaluations if metric in e.metrics]
+        if points and metric in self.quick_at_end:
+            points[-1] = (points[-1][0], self.quick_at_end[metric])
         return [step for step, _ in points], [value for _, value in points]
 
     def to_dict(self) -> dict[str, Any]:

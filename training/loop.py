@@ -262,10 +262,16 @@ class _Run:
                     )
 
     def _evaluate(self, done: int) -> None:
-        with evaluating(self.model), self.config.autocast():
-            metrics = self.task.evaluate(self.model, self.device, quick=done < self.config.steps)
-        self.history.evaluations.append(Evaluation(done, {name: float(value) for name, value in metrics.items()}))
+        last, history = done == self.config.steps, self.history
+        history.evaluations.append(Evaluation(done, self._scores(quick=not last)))
+        if last and len(history.evaluations) > 1:  # so that the curve ends on the data that it began on
+            history.quick_at_end = self._scores(quick=True)
         self.started = time.perf_counter()
+
+    def _scores(self, quick: bool) -> dict[str, float]:
+        with evaluating(self.model), self.config.autocast():
+            metrics = self.task.evaluate(self.model, self.device, quick=quick)
+        return {name: float(value) for name, value in metrics.items()}
 
     def _report(self, done: int, rate: float) -> None:
         if self.on_progress is None:

@@ -119,14 +119,23 @@ def test_the_frontier_is_exactly_the_points_that_none_beats(points, maximise):
 
 
 def test_a_curve_still_rising_at_its_end_is_noticed():
-    assert stats.late_gain([0.1, 0.2, 0.3, 0.4, 0.5, 0.9], maximise=True) == pytest.approx(0.4)
-    assert stats.late_gain([3.0, 2.0, 1.5, 1.5, 1.5, 1.5], maximise=False) == 0.0
-    assert stats.late_gain([0.5], maximise=True) == 0.0
-    assert stats.late_gain([0.0, 0.5], maximise=True) == 0.5
+    assert stats.late_gain([1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 0.9], maximise=True) == pytest.approx(0.5)
+    assert stats.late_gain([1, 2, 3, 4, 5], [3.0, 2.0, 1.5, 1.5, 1.5], maximise=False) == 0.0
+    assert stats.late_gain([7], [0.5], maximise=True) == 0.0
+    assert stats.late_gain([], [], maximise=True) == 0.0
+    assert stats.late_gain([10, 20], [0.0, 0.5], maximise=True) == 0.5
 
 
 def test_one_evaluation_that_stands_out_is_not_learning():
-    flat = [0.5] * 14
-    assert stats.late_gain([*flat, 0.53], maximise=True) == pytest.approx(0.01)
-    rising = [place / 15 for place in range(15)]
-    assert stats.late_gain(rising, maximise=True) == pytest.approx(3 / 15)  # what a fifth of the training gains
+    steps = list(range(1, 16))
+    assert stats.late_gain(steps, [*[0.5] * 14, 0.53], maximise=True) == pytest.approx(0.01)
+    rising = [step / 15 for step in steps]
+    assert stats.late_gain(steps, rising, maximise=True) == pytest.approx(3 / 15)  # what a fifth of the training gains
+
+
+def test_what_is_late_goes_by_steps_and_not_by_points():
+    """The last point may come soon after the one before it, at a rate near zero."""
+    assert stats.late_windows([50, 100, 150, 200, 250, 300, 320]) == ([3, 4], [5, 6])
+    assert stats.late_windows([100, 200, 300]) == ([1], [2])
+    assert stats.late_windows([10, 100]) == ([0], [1])
+    assert stats.late_windows([40]) == ([], [0])

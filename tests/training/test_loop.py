@@ -58,7 +58,18 @@ def test_points_fall_on_log_steps_and_on_evaluations(tiny_model, counting_task):
     assert history.steps == [7, 14, 20, 21, 28, 35, 40, 42, 49, 56, 60]
     assert [e.step for e in history.evaluations] == [20, 40, 60]
     assert [p.step for p in seen] == history.steps
-    assert counting_task.quick_calls == [True, True, False]  # the last evaluation is the full one
+    assert counting_task.quick_calls == [True, True, False, True]  # the score is the full one, the curve's end is not
+
+
+def test_a_curve_is_of_the_same_held_out_data_throughout(tiny_model, counting_task, monkeypatch):
+    size = {True: 0.0, False: 100.0}
+    monkeypatch.setattr(counting_task, "evaluate", lambda model, device, quick=False: {"accuracy": size[quick]})
+    _, history = run(tiny_model, counting_task)
+    assert history.metrics == {"accuracy": 100.0}
+    assert history.curve("accuracy") == ([20, 40, 60], [0.0, 0.0, 0.0])
+    _, history = run(tiny_model, counting_task, dataclasses.replace(CONFIG, eval_every=0))
+    assert history.curve("accuracy") == ([60], [100.0])
+    assert not history.quick_at_end
 
 
 def test_tokens_are_all_counted_and_timed(tiny_model, counting_task):
