@@ -143,13 +143,17 @@ def _failures(run: Run, report: str) -> str:
     """Say how many trials failed, each different error once, and where all of them are recorded."""
     from hybridzoo.studies.display import format_count
     from hybridzoo.studies.runner import TRIALS
+    from hybridzoo.studies.tuning import diverged
 
     errors = list(dict.fromkeys(error for _, error in run.failed))
     more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
     listed = "\n".join(f"  {line}" for line in [*errors[:SHOWN], *more])
+    again = "tries them again"
+    if any(diverged(error) for error in errors):
+        again += ", but for pilots that diverged, which would do so again"
     return (
         f"{format_count(len(run.failed), 'trial')} failed:\n{listed}\n"
-        f"{report}, and {run.folder / TRIALS} holds each one's error; the same command tries them again"
+        f"{report}, and {run.folder / TRIALS} holds each one's error; the same command {again}"
     )
 
 

@@ -142,15 +142,27 @@ def run_study(
     trials = {trial.key for trial in rounds.plan.distinct}
     every = trials | {trial.key for trial in ahead.pilots}
     ran = len({trial.key for trial in (*ahead.waiting_pilots, *waiting)})
+    before = _failed_before(rounds)
+    failed = {key: said for key, said in rounds.failed.items() if key in trials or not diverged(said[1])}
     return Run(
         folder=root,
         finished=ran - len(rounds.failed),
-        reused=len(every) - ran,
-        failed=tuple(said for key, said in rounds.failed.items() if key in trials or not diverged(said[1])),
+        reused=len(every) - ran - len(before),
+        failed=(*failed.values(), *before),
         excluded=plan.excluded,
         seconds=time.perf_counter() - started,
         estimated=estimated,
     )
+
+
+def _failed_before(rounds: Rounds) -> list[tuple[str, str]]:
+    """Title and error of each trial that failed in an earlier run and was not tried again, as a pilot that diverged."""
+    titles = rounds.plan.titles(rounds.plan.distinct)
+    return [
+        (titles[key], record["error"])
+        for key, record in standing(rounds.folder, rounds.plan.distinct).items()
+        if isinstance(record, Mapping) and record["status"] == "failed" and key not in rounds.failed
+    ]
 
 
 def preview_study(

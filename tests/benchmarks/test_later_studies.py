@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import fmean as mean
 
 from study_pages import MIXERS, PAGE, ROOT, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_of
+
+from hybridzoo.studies.comparisons import holm, paired_p
+from hybridzoo.studies.stats import difference
 
 PLACED, WINDOWED = STUDY / "placed", STUDY / "windowed"
 FRONT = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -21,10 +25,63 @@ def test_where_the_layers_stand_scored_what_the_page_says() -> None:
         assert cells == [f"{means[stack]:.1f}" for stack in stacks]
     first = [score for stack, mine in scores_of(PLACED).items() if "first" in stack for score in mine]
     assert f"recall {min(first):.1f} to {max(first):.1f} % in every seed" in WORDS
-    assert f"the worst seed recalls {min(first):.1f} %" in WORDS
+    rest = [score for stack, mine in scores_of(PLACED).items() if "even" in stack for score in mine]
+    assert min(first) > max(rest)
+    assert f"the worst seed recalls {min(first):.1f} %, of the others the best {max(rest):.1f}" in WORDS
     layers = {row["stack"]: row["layers"] for row in rows("stacks", PLACED)}
     assert layers["mamba2, ratio=1/8, placement=even"].endswith("a")
     assert layers["mamba2, ratio=1/8, placement=first"].startswith("a")
+
+
+def test_first_against_even_is_what_a_paired_test_says() -> None:
+    scores = scores_of(PLACED)
+    apart = []
+    for mixer in MIXERS:
+        first, even = (
+            [
+                mean(two)
+                for two in zip(*(scores[f"{mixer}, ratio={r}, placement={p}"] for r in ("1/8", "1/4")), strict=True)
+            ]
+            for p in ("first", "even")
+        )
+        apart.append(difference(first, even))
+    p = holm([paired_p(one) for one in apart])
+    said = re.search(
+        r"by ([\d.]+) points beside carve \(p ([\d.]+)\), ([\d.]+) beside its twin \(([\d.]+)\), ([\d.]+) beside gdn2 "
+        r"\(([\d.]+)\), ([\d.]+) beside gated_delta_net \(([\d.]+)\) and (\d+) beside mamba2 \(below 0\.001\)",
+        WORDS,
+    )
+    assert said
+    *told, most = said.groups()
+    assert told == [
+        word for one, value in zip(apart[:4], p, strict=False) for word in (f"{one.mean:.1f}", f"{value:.3f}")
+    ]
+    assert most == f"{apart[4].mean:.0f}"
+    assert p[4] < 0.001
+
+
+def test_stacks_that_both_studies_have_scored_what_the_page_says() -> None:
+    here, there = means_of(PLACED), means_of(STUDY, "recall")
+    for mixer, ratio in (("gated_delta_net", "1/8"), ("gated_delta_net", "1/4"), ("carve", "1/8")):
+        stack = f"{mixer}, ratio={ratio}"
+        both = (f"{there[stack]:.1f}", f"{here[f'{stack}, placement=even']:.1f}")
+        assert re.search(rf"{both[0]}( %)?( there)? and {both[1]}", WORDS), stack
+
+
+def test_the_gate_is_used_in_one_layer_of_a_hundred() -> None:
+    bounds: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for row in rows("gates"):
+        if row["stack"].startswith("carve,") and row["gate"] == "content":
+            key = (row["task"], row["stack"], row["layer"])
+            bounds.setdefault(key, []).append((float(row["q05"]), float(row["q95"])))
+    wide = {key for key, seeds in bounds.items() if not all(abs(mean(ends)) < 0.5 for ends in zip(*seeds, strict=True))}
+    assert len(bounds) == 100
+    assert wide == {("overwrite", "carve, ratio=1/4", "0")}
+    low = [low for low, _ in bounds["overwrite", "carve, ratio=1/4", "0"]]
+    assert f"lower bound is {max(low):.1f} to {min(low):.1f} in all three seeds" in WORDS
+    means = means_of(STUDY, "overwrite")
+    assert f"scores {means['carve, ratio=1/4']:.1f} % where its twin scores" in WORDS
+    assert f"twin scores {means['carve[erase=token], ratio=1/4']:.1f}." in WORDS
 
 
 def test_the_front_page_says_where_one_layer_recalls() -> None:
@@ -41,7 +98,7 @@ def test_the_front_page_says_where_one_layer_recalls() -> None:
 
 def test_what_a_window_scored_is_what_the_page_says() -> None:
     header, _, *lines = lines_after("## Attention to the last 32 tokens")
-    assert header[2:] == ["none", "12.5 %", "25 %", "50 %", "100 %"]
+    assert header[2:] == ["none, from above", "12.5 %", "25 %", "50 %", "100 %"]
     assert len(lines) == len(TASKS) * len(MIXERS)
     task = ""
     for said, mixer, none, *shares, alone in lines:

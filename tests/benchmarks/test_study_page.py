@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from study_pages import PAGE, ROOT, SHARES, STUDY, lines_after, rows, scores_of
+from study_pages import PAGE, ROOT, SHARES, STUDY, lines_after, means_of, rows, scores_of
 
 from hybridzoo.studies.comparisons import with_the_best
 
@@ -80,10 +80,11 @@ def test_the_shares_that_are_best_or_not_told_from_the_best_are_counted() -> Non
         assert int(whole) == sum(map(int, counts))
     front = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     said = re.search(
-        r"on (\d+) of 20 curves, 3:1 on (\d+), an eighth, .*?, on (\d+), and attention alone on (\d+)", front
+        r"on (\d+) of 20 curves, 3:1 on (\d+), an eighth, .*?, on (\d+), none on (\d+), and attention alone on (\d+)",
+        front,
     )
     assert said
-    assert list(said.groups()) == [line[-1] for line in (lines[3], lines[2], lines[1], lines[4])]
+    assert list(said.groups()) == [line[-1] for line in (lines[3], lines[2], lines[1], lines[0], lines[4])]
 
 
 def at_12288(ratio: str = "") -> dict[str, float]:
@@ -117,26 +118,31 @@ def test_the_front_page_says_what_the_study_found() -> None:
     front = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for said in (
         r"98 to 100 % beside four of five",
-        r"leaves carve and gdn2 at 85 to 93 %",
-        r"the other two under 50 %",
         r"gdn2's fitted best share is 8\.6 % \(95 % interval 0 to 25 %\)",
     ):
         assert re.search(said, front), said
     means = {(row["task"], row["stack"]): 100 * float(row["mean"]) for row in rows("stacks") if row["task"] != "text"}
     halves = sorted(mean for (task, stack), mean in means.items() if task == "recall" and stack.endswith("ratio=1/2"))
     assert (round(halves[1]), round(halves[-1])) == (98, 100)
-    fewer = [
-        mean
-        for (task, stack), mean in means.items()
-        if task == "recall" and stack.startswith(("carve", "gdn2")) and not stack.endswith("1/2")
+    few = [
+        (stack, mean)
+        for study in (STUDY, STUDY / "placed")
+        for stack, mean in means_of(study, "recall").items()
+        if re.search(r"ratio=(0|1/8|1/4)(, placement=even)?$", stack)
     ]
-    assert (round(min(fewer)), round(max(fewer))) == (85, 93)
-    others = [
-        mean
-        for (task, stack), mean in means.items()
-        if task == "recall" and stack.startswith(("gated", "mamba")) and not stack.endswith("1/2")
+    ranges = [
+        [f"{ends:.0f}" for ends in (min(mine), max(mine))]
+        for mine in (
+            [mean for stack, mean in few if stack.startswith(names)] for names in (("carve", "gdn2"), "gated", "mamba2")
+        )
     ]
-    assert max(others) < 50
+    said = re.search(
+        r"leaves carve and gdn2 at (\d+) to (\d+) %, gated_delta_net at (\d+) to (\d+) % "
+        r"and mamba2 at (\d+) to (\d+) %",
+        front,
+    )
+    assert said
+    assert list(said.groups()) == [end for ends in ranges for end in ends]
     text = [(row["stack"] == "all attention", float(row["score"])) for row in rows("trials") if row["task"] == "text"]
     alone, rest = ([score for attention, score in text if attention is which] for which in (True, False))
     assert min(alone) > max(rest) + 0.2
