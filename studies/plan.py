@@ -20,10 +20,11 @@ from hybridzoo.architectures import Spec
 from hybridzoo.architectures.account import DEFAULT_CONTEXT
 from hybridzoo.architectures.loader import load_spec, override_name, spec_from
 from hybridzoo.mixers import list_mixers
-from hybridzoo.mixers.schema import SpecError, unknown
+from hybridzoo.mixers.schema import SpecError, nearest, unknown
 from hybridzoo.mixers.user_code import import_user_code
 from hybridzoo.studies.code import code_digest
 from hybridzoo.studies.entries import Entry, listed_once
+from hybridzoo.studies.hybrids import AXES
 from hybridzoo.studies.reach import idle_stacks, no_curves
 from hybridzoo.studies.results import content_key
 from hybridzoo.studies.solve import BUDGET_WORDS, Budget, Solved, budget_of, met_on, never_reached, solve
@@ -244,7 +245,10 @@ def _in_the_study(study: Study, label: str, message: str) -> str:
         said = message.removeprefix(f"{override_name(text)}: ")
         if said != message and path in crossing.chosen:
             outer = path.rpartition(".")[0]
-            return f"axes.{path}: {said.removeprefix(f'{path}: ').removeprefix(f'{outer}: ')}"
+            told = said.removeprefix(f"{path}: ").removeprefix(f"{outer}: ")
+            if told.startswith(f"unknown key '{path}'"):  # whose own words the spec does not know
+                told = f"{told}; of hybrids: {', '.join(AXES)}{nearest(path, AXES)}"
+            return f"axes.{path}: {told}"
         if said != message and crossing.hybrid and path == "layers":
             return f"stacks.{crossing.declared}.hybrid{_of_a_hybrid(said, *crossing.hybrid)}"
         if said != message:

@@ -323,6 +323,10 @@ def test_inference_is_counted_within_what_the_stacks_take():
             "stacks.atention.layers=a",
             r"override 'stacks.atention.layers=a': stacks: unknown label 'atention' .*'attention'",
         ),
+        (
+            "axes.placment=[even]",
+            r"override .*': axes.placment: unknown key 'placment'; .*; of hybrids: .* \(did you mean 'placement'\?\)",
+        ),
         ("axes.d_modl=[16]", r"override 'axes.d_modl=\[16\]': axes.d_modl: unknown key 'd_modl' .*'d_model'"),
         (
             "axes={mixers.c.erase: [tokn]}",
