@@ -47,15 +47,16 @@ class Timing(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The length that balances time `1 + overhead / L` against staleness `level * L^exponent`, and its range."""
+    """The length that balances time `1 + overhead / L` against staleness `level * L^exponent`, and its range over
+    draws; one draw has none."""
 
     inputs: str
     overhead: float
     level: float
     exponent: float
     best_L: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def staleness(
@@ -228,7 +229,8 @@ def _fit(name: str, stale: dict[tuple[str, int], list[tuple[float, float]]], tim
         best_length(b / a, *fit_power(list(seen), draw))
         for draw in zip(*seen.values(), strict=True)  # a draw's own staleness at every L
     ]
-    return Fit(name, b / a, level, exponent, best_length(b / a, level, exponent), min(each), max(each))
+    low, high = (min(each), max(each)) if len(each) > 1 else (None, None)
+    return Fit(name, b / a, level, exponent, best_length(b / a, level, exponent), low, high)
 
 
 def _claimed_range(rows: Sequence[Stale]) -> dict[str, list[float]]:
@@ -276,12 +278,18 @@ def _worth(rows: Sequence[Stale]) -> Statement:
 
 
 def _best(fits: Sequence[Fit]) -> Statement:
-    said = "; ".join(f"{f.inputs}: {_length(f.best_L)} ({_length(f.low)} to {_length(f.high)})" for f in fits)
+    said = "; ".join(f"{fit.inputs}: {_best_and_range(fit)}" for fit in fits)
     return Statement(
         "One chunk length is best for time and quality together.",
         OPEN,
         f"it depends on what a per cent of time is worth in staleness, and on the machine; one for one, L* is {said}",
     )
+
+
+def _best_and_range(fit: Fit) -> str:
+    if fit.low is None or fit.high is None:
+        return "not told, of one draw"
+    return f"{_length(fit.best_L)} ({_length(fit.low)} to {_length(fit.high)} over draws, the times taken as they are)"
 
 
 def _length(L: float) -> str:

@@ -305,3 +305,14 @@ def test_the_same_seed_trains_the_same_model():
     again = train_one.__wrapped__("carve", FITS, 2, 5)
     assert first.scores == again.scores
     assert Tokens(*recorded(first.model, 1, 0)[0]).k.equal(recorded(again.model, 1, 0)[0].k)
+
+
+def test_no_best_length_is_told_of_one_draw():
+    timings = [chunk.Timing(L, 1 + 8 / L) for L in (16, 32, 64)]
+    stale = {("drawn", L): [(0.01 * L, 0.0), (0.02 * L, 0.0)] for L in (16, 32, 64)}
+    stale |= {("trained", L): [(0.01 * L, 0.0)] for L in (16, 32, 64)}
+    fits = [chunk._fit(name, stale, timings) for name in ("drawn", "trained")]
+    assert fits[0].low is not None
+    assert fits[0].low < fits[0].best_L < fits[0].high
+    assert (fits[1].low, fits[1].high) == (None, None)
+    assert "trained: not told, of one draw" in chunk._best(fits).measured
