@@ -12,6 +12,7 @@ from hybridzoo.studies.comparisons import holm, paired_p
 from hybridzoo.studies.stats import difference
 
 PLACED, WINDOWED = STUDY / "placed", STUDY / "windowed"
+OVERWRITE = PLACED / "overwrite"
 FRONT = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 WORDS = " ".join(PAGE.split())
 
@@ -90,10 +91,25 @@ def test_the_front_page_says_where_one_layer_recalls() -> None:
     last = means["mamba2, ratio=1/8, placement=even"]
     assert f"{min(firsts):.1f} to {max(firsts):.1f} % beside all five mixers" in FRONT
     assert f"is at {last:.1f} % with the same layer placed last" in FRONT
-    counts = [len(rows("trials", study)) for study in (STUDY, WINDOWED, PLACED)]
+    counts = [len(rows("trials", study)) for study in (STUDY, WINDOWED, PLACED, OVERWRITE)]
     assert f"[{sum(counts)} trials]" in FRONT
-    for count in counts:
-        assert f"{count} trials" in WORDS or f", {count}." in WORDS
+    assert f"{counts[0]} trials" in WORDS
+    assert f"{counts[1]} trials, and with" in WORDS
+    assert f"few layers of attention, {counts[2] + counts[3]}." in WORDS
+
+
+def test_one_layer_on_keys_that_change_scored_what_the_page_says() -> None:
+    header, _, *lines = lines_after("**On keys that change the same.**")
+    assert header[0].startswith("overwrite")
+    scores, before = scores_of(OVERWRITE), means_of(STUDY, "overwrite")
+    assert [line[0] for line in lines] == ["gdn2", "mamba2"]
+    for mixer, last, first, seeds in lines:
+        mine = scores[f"{mixer}, ratio=1/8, placement=first"]
+        assert last == f"{before[f'{mixer}, ratio=1/8']:.1f}"
+        assert first == f"{mean(mine):.1f}"
+        assert seeds == ", ".join(f"{score:.1f}" for score in mine)
+    assert f"it gets {lines[0][2]} % right beside gdn2, last {lines[0][1]}" in FRONT
+    assert f"the first gets {lines[0][2]} % right beside gdn2" in WORDS
 
 
 def test_what_a_window_scored_is_what_the_page_says() -> None:
@@ -166,5 +182,5 @@ def test_what_mixtures_keep_of_a_sequence_is_what_was_counted() -> None:
 
 def test_the_files_that_it_names_are_there() -> None:
     named = re.findall(r"\]\(((?:placed|windowed)/[^)]*)\)", PAGE)
-    assert len(named) == 8
+    assert len(named) == 11
     assert all((STUDY / name).exists() for name in named)
