@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each start a thread a core are slower than one alone
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started in the background of a script, this process would ignore the interrupts that tests send to it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `python -m pytest` puts the current directory first, where kernels/ and yaml/ would pass for packages of those names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
