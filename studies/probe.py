@@ -145,29 +145,54 @@ def _evaluations(
 ) -> tuple[float | None, float | None]:
     """Return the seconds of a quick evaluation and of the last one; None for a task that asks for more than logits,
     or whose sequences take longer than `limit` to draw."""
-    ids = ids.to(config.resolve_device())
-    with evaluating(model), config.autocast():
-        for _ in range(2):  # the first also prepares what is used from then on
-            start = time.perf_counter()
-            model(ids).logits.sum().item()  # waits for the device
-            forward = time.perf_counter() - start
-    per_flop = forward / (ids.numel() * account(spec, context=ids.shape[1]).train_flops_per_token)
-    flops: dict[int, int] = {}
-    found: list[float | None] = []
+    counted: list[tuple[float, dict[int, int]] | None] = []
     for quick in (True, False):
         counting = _Counting(task.vocab_size, time.perf_counter() + limit)
         start = time.perf_counter()
         try:
             task.evaluate(counting, torch.device("cpu"), quick=quick)
         except Exception:
-            found.append(None)
+            counted.append(None)
             continue
-        own = time.perf_counter() - start  # drawing the sequences and scoring them
-        for length in counting.tokens:
-            if length not in flops:
-                flops[length] = account(spec, context=length).train_flops_per_token
-        found.append(own + per_flop * sum(flops[length] * count for length, count in counting.tokens.items()))
-    return found[0], found[1]
+        counted.append((time.perf_counter() - start, counting.tokens))  # drawing the sequences and scoring them
+    lengths = {length for one in counted if one is not None for length in one[1]}
+    if not lengths:
+        return None, None
+    flops = {length: account(spec, context=length).train_flops_per_token for length in lengths}
+    with evaluating(model), config.autocast():
+        rates = _seconds_per_flop(model, spec, ids.to(config.resolve_device()), max(lengths), limit / 4)
+
+    def seconds(one: tuple[float, dict[int, int]] | None) -> float | None:
+        if one is None:
+            return None
+        own, tokens = one
+        return own + sum(_at(rates, length) * flops[length] * count for length, count in tokens.items())
+
+    return seconds(counted[0]), seconds(counted[1])
+
+
+def _seconds_per_flop(model: nn.Module, spec: Spec, ids: Tensor, longest: int, limit: float) -> dict[int, float]:
+    """Time forward passes of `ids [B, T]`, then of one sequence four times as long each time, up to `longest` tokens or
+    until a pass may take `limit` seconds: by length, the seconds a FLOP. A short pass is mostly overhead, and would
+    make a long one of the same FLOPs out to be many times what it is."""
+    rates: dict[int, float] = {}
+    while True:
+        for _ in range(2):  # the first also prepares what is used from then on
+            start = time.perf_counter()
+            model(ids).logits.sum().item()  # waits for the device
+            forward = time.perf_counter() - start
+        length = ids.shape[1]
+        rates[length] = forward / (ids.numel() * account(spec, context=length).train_flops_per_token)
+        following = min(4 * length, longest)
+        cost = rates[length] * following * account(spec, context=following).train_flops_per_token
+        if following <= length or cost > limit:
+            return rates
+        ids = ids[:1, :1].expand(1, following).contiguous()
+
+
+def _at(rates: dict[int, float], length: int) -> float:
+    """The rate of the longest pass that was timed and is no longer than `length`."""
+    return rates[max((timed for timed in rates if timed <= length), default=min(rates))]
 
 
 class _Counting(nn.Module):

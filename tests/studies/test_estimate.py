@@ -216,6 +216,23 @@ def test_an_evaluation_is_timed_warm_and_in_the_precision_that_it_will_run_in():
     assert all(precisions)
 
 
+def test_long_sequences_are_not_priced_by_the_overhead_of_short_ones():
+    class Long(Echo):
+        def evaluate(self, model, device, quick=False):
+            model(torch.zeros(1, 12 if quick else 3072, dtype=torch.long))
+            return {"accuracy": 1.0}
+
+    spec = Spec.from_dict(make_plan(study_from(STUDY)).trials[0].spec, "spec")
+    model = build_model(spec)
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    quick, full = _evaluations(
+        model, Long(None), spec, torch.zeros(2, 12, dtype=torch.long), TrainConfig(device="cpu"), 8
+    )
+    assert quick is not None
+    assert full is not None
+    assert quick < full < 1.0  # 0.02 s for 24 tokens would make 2.56 s of 3,072
+
+
 def test_a_probe_of_a_trial_runs_its_steps_and_leaves_random_numbers_alone():
     torch.manual_seed(1)
     expected = torch.rand(2)
