@@ -155,8 +155,8 @@ def _list_backends(as_json: bool) -> None:
         from hybridzoo.mixers import softmax
     rows, auto = softmax.found(), softmax.chosen()
     recurrence = _recurrence()
+    serving = "torch" if recurrence["triton"] else "triton"
     if as_json:
-        serving = "torch" if recurrence["triton"] else "triton"
         print_json(
             {"attention": [row._asdict() for row in rows], "auto": auto, "serving": serving, "recurrence": recurrence}
         )
@@ -176,7 +176,7 @@ def _list_backends(as_json: bool) -> None:
     console = stdout()
     console.print(table)
     console.print("auto takes " + ", ".join(f"[bold]{name}[/] for {case}" for case, name in auto.items()))
-    by = "products of matrices" if recurrence["triton"] else "a [bold]triton[/] kernel, but for reference"
+    by = "products of matrices" if serving == "torch" else "a [bold]triton[/] kernel, but for reference"
     console.print(f"generate and the server attend from one token a row by {by}, whatever backend is named")
     for name, refusal in recurrence.items():
         said = "yes" if refusal is None else f"[red]refused:[/] {escape(refusal)}"

@@ -246,7 +246,7 @@ def _in_the_study(study: Study, label: str, message: str) -> str:
         if said != message and path in crossing.chosen:
             outer = path.rpartition(".")[0]
             told = said.removeprefix(f"{path}: ").removeprefix(f"{outer}: ")
-            if told.startswith(f"unknown key '{path}'"):  # whose own words the spec does not know
+            if told.startswith(f"unknown key '{path}'"):  # of a spec; an axis may have been meant
                 told = f"{told}; of hybrids: {', '.join(AXES)}{nearest(path, AXES)}"
             return f"axes.{path}: {told}"
         if said != message and crossing.hybrid and path == "layers":

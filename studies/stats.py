@@ -195,7 +195,7 @@ def late_windows(steps: Sequence[int], share: float = 0.2) -> tuple[list[int], l
     first, second = ((1 - part * share) * steps[-1] for part in (2, 1))
     later = [i for i, step in enumerate(steps) if step > second]
     before = [i for i, step in enumerate(steps) if first < step <= second]
-    return before or list(range(later[0]))[-1:], later
+    return before or [i - 1 for i in later[:1] if i], later
 
 
 def spread(values: Sequence[float]) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from pages import ROOT, lines_after, text_of
+
 SHAPES = {
     "B8 T4096 H16 D128": (8, 4096, 16, 128),
     "B1 T32768 H16 D128": (1, 32768, 16, 128),
@@ -24,11 +24,6 @@ def results_of(name: str) -> Any:
 
 def recorded() -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
     return {(result["mixer"], tuple(result["shape"].values())): result for result in results_of("triton_backend")}
-
-
-def text_of(page: str) -> str:
-    """A page, its lines joined: where they break says nothing."""
-    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
 
 def figures(page: str, pattern: str) -> tuple[str, ...]:
@@ -203,10 +198,7 @@ def test_the_page_beside_other_libraries_quotes_it() -> None:
 
 def rows_below(page: str, text: str) -> list[list[str]]:
     """The cells of the first table below a text, without its header and rule."""
-    lines = (ROOT / page).read_text(encoding="utf-8").partition(text)[2].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : end]]
+    return lines_after(text, (ROOT / page).read_text(encoding="utf-8"))[2:]
 
 
 def test_the_times_of_attention_are_what_was_recorded() -> None:

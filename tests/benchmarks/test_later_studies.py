@@ -6,14 +6,14 @@ import json
 import re
 from statistics import fmean as mean
 
-from study_pages import MIXERS, PAGE, ROOT, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_of
+from pages import MIXERS, PAGE, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_of, text_of
 
 from hybridzoo.studies.comparisons import holm, paired_p
 from hybridzoo.studies.stats import difference
 
 PLACED, WINDOWED = STUDY / "placed", STUDY / "windowed"
 OVERWRITE = PLACED / "overwrite"
-FRONT = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+FRONT = text_of("README.md")
 WORDS = " ".join(PAGE.split())
 
 

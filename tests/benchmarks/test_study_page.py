@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from study_pages import PAGE, ROOT, SHARES, STUDY, lines_after, means_of, rows, scores_of
+from pages import MIXERS, PAGE, ROOT, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_of, text_of
 
 from hybridzoo.studies.comparisons import with_the_best
 
@@ -62,10 +62,9 @@ def test_the_shares_that_are_best_or_not_told_from_the_best_are_counted() -> Non
     scores: dict[tuple[str, str], list[float]] = {}
     for row in rows("trials"):
         scores.setdefault((row["task"], row["stack"]), []).append(float(row["score"]))
-    tasks = ("recall", "overwrite", "needle", "text")
-    found = {(share, task): 0 for share in (*SHARES, "100 %") for task in tasks}
-    for task in tasks:
-        for mixer in ("carve", "carve[erase=token]", "gdn2", "gated_delta_net", "mamba2"):
+    found = {(share, task): 0 for share in (*SHARES, "100 %") for task in TASKS}
+    for task in TASKS:
+        for mixer in MIXERS:
             stacks = {share: f"{mixer}, {ratio}" for share, ratio in SHARES.items()} | {"100 %": "all attention"}
             curve = [scores[task, stack] for stack in stacks.values()]
             compared = with_the_best(curve, maximise=task != "text")
@@ -73,12 +72,12 @@ def test_the_shares_that_are_best_or_not_told_from_the_best_are_counted() -> Non
             for place, share in enumerate(stacks):
                 found[share, task] += place not in apart
     header, _, *lines = lines_after("## Beside the published answers")
-    assert tuple(header[2:6]) == tasks
+    assert tuple(header[2:6]) == TASKS
     assert [line[0] for line in lines] == [*SHARES, "100 %"]
     for share, _, *counts, whole in lines:
-        assert [int(count) for count in counts] == [found[share, task] for task in tasks]
+        assert [int(count) for count in counts] == [found[share, task] for task in TASKS]
         assert int(whole) == sum(map(int, counts))
-    front = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    front = text_of("README.md")
     said = re.search(
         r"on (\d+) of 20 curves, 3:1 on (\d+), an eighth, .*?, on (\d+), none on (\d+), and attention alone on (\d+)",
         front,
@@ -115,7 +114,7 @@ def test_what_is_said_of_length_is_what_was_scored() -> None:
 
 
 def test_the_front_page_says_what_the_study_found() -> None:
-    front = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    front = text_of("README.md")
     for said in (
         r"98 to 100 % beside four of five",
         r"gdn2's fitted best share is 8\.6 % \(95 % interval 0 to 25 %\)",

@@ -31,7 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
 def errors(case: SlotsProblem) -> dict[str, float]:
     """The relative error, cut as it ships, and in one part and in as many as there can be."""
     case = case.to(torch.float32)
-    truth, found = case.truth(), {"as it ships": relative_error(case.found(), case.truth())}
+    truth = case.truth()
+    found = {"as it ships": relative_error(case.found(), truth)}
     shipped = slots_op.PROGRAMS
     for name, programs in (("one part", 1), ("all parts", 10**6)):
         slots_op.PROGRAMS = programs

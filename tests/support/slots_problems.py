@@ -54,14 +54,13 @@ def make_slots(
     D: int = 16,
     softcap: float | None = None,
     scale: float | None = None,
-    dtype: torch.dtype = torch.float64,
 ) -> SlotsProblem:
     """A problem of rows that hold so many tokens before the new one."""
     generator = torch.Generator().manual_seed(len(lengths) + C + D)
     N = len(lengths)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     q, k, v = normal(N, 1, H, D), normal(N, H_kv, C, D), normal(N, H_kv, C, D)
     for row, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""What the pages of studies that were run hold, and what they quote: tables of Markdown and of CSV."""
+"""Reading pages and what they quote: their text, their tables, and the tables of studies that were run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
 SHARES = {"0 %": "ratio=0", "12.5 %": "ratio=1/8", "25 %": "ratio=1/4", "50 %": "ratio=1/2"}
 MIXERS = ("carve", "carve[erase=token]", "gdn2", "gated_delta_net", "mamba2")
 TASKS = ("recall", "overwrite", "needle", "text")
+
+
+def text_of(page: str) -> str:
+    """A page, its lines joined: where they break says nothing."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
 
 def rows(stem: str, study: Path = STUDY) -> list[dict[str, str]]:
