@@ -26,6 +26,7 @@ from hybridzoo.kernels.fused.room import n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
 from hybridzoo.kernels.fused.scratch import (
     Tensors,
+    chunk_blocks,
     chunks,
     inputs,
     new_blocks,
@@ -205,7 +206,7 @@ def _content(call: Call, form: Form, the: Plan) -> Tensors:
         return fill(rows, form.HV, size, device=call.q.device, dtype=torch.float32)
 
     return {
-        "du_blocks": new(torch.empty, form.N * form.chunk // the.cut.block, form.K),
+        "du_blocks": new(torch.empty, chunk_blocks(form, the.cut.block), form.K),
         "du_rows": new(torch.zeros, n_rows(form), form.K + form.rank),
     }
 

@@ -144,7 +144,7 @@ def _launch(kernel: Any, form: Form, block: int, at_once: int, registers: int | 
         "BC": channels,
         "U": at_once,
     }
-    grid = (form.blocks(block) * -(-form.C // channels), 1)
+    grid = (form.blocks(block) * -(-form.C // channels),)
     schedule = options(WARPS) if registers is None else {**options(WARPS), "maxnreg": registers}
     # Which gradients there are decides, as dtypes do, what is compiled.
     return Launch(kernel, grid, numbers, constants, schedule, (*form.dtypes, form.d_new, form.d_tail))

@@ -21,6 +21,7 @@ from hybridzoo.kernels.fused.room import n_rows, row_size
 from hybridzoo.kernels.fused.scan import scan_kernel
 from hybridzoo.kernels.fused.scratch import (
     Tensors,
+    chunk_blocks,
     chunks,
     inputs,
     inverse,
@@ -60,7 +61,7 @@ def tensors(call: Call, form: Form, room: list[Tensor], save: bool) -> Tensors:
     """What the kernels read, scratch memory, and what they keep."""
     states, news, inverses, readouts = room
     C = block_of(form, save)
-    blocks = form.N * form.chunk // C if form.chunk else window_blocks(form, C, -(-form.T // C))
+    blocks = chunk_blocks(form, C) if form.chunk else window_blocks(form, C, -(-form.T // C))
     if not save:
         inverses = states.new_empty(blocks if form.correct else 0, form.HV, C, C)
         if form.chunk:

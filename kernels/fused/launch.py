@@ -39,13 +39,13 @@ class Launch:
     def __init__(
         self,
         kernel: Any,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         numbers: Mapping[str, float],
         constants: Mapping[str, Any],
         options: Mapping[str, int],
         kinds: tuple[Any, ...],
     ) -> None:
-        self.kernel, self.grid = kernel, grid
+        self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.numbers, self.constants, self.options = dict(numbers), dict(constants), dict(options)
         given = {**self.numbers, **self.constants}
         names = kernel.arg_names
@@ -88,7 +88,7 @@ class Launch:
                 values[self._order[name]] = x.data_ptr() if isinstance(x, Tensor) else x
             run = self._runs.get(key)
             if run is None and (made := _compiled.get((self._key, key))) is not None:
-                run = self._runs[key] = made[(*self.grid, 1)]
+                run = self._runs[key] = made[self.grid]
             if run is not None:
                 run(*values, stream=stream)
                 return

@@ -52,15 +52,20 @@ def scratch_slot(n, at, base, begin, origin, span, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def slots_of(at, length, seen, C: tl.constexpr):
+    """The slots of a sequence's block `at`: which of its tokens they are, `[C]`, and whether there are such."""
+    place = at * C - seen + tl.arange(0, C)
+    return place, (place >= 0) & (place < length)
+
+
+@triton.jit
 def rows_of(at, row, start, length, seen, h, H, PLAIN: tl.constexpr, C: tl.constexpr):
     """Block `at` of a sequence: its tokens' places `[C]` and which are tokens; rows of its queries and keys, and which.
 
     Those are scratch memory's, `row`; with PLAIN the call's own.
     """
-    i = tl.arange(0, C)
-    place = at * C - seen + i
-    ok = (place >= 0) & (place < length)
-    key_row, key_ok = row, i >= 0
+    place, ok = slots_of(at, length, seen, C)
+    key_row, key_ok = row, tl.arange(0, C) >= 0
     if PLAIN:
         key_row, key_ok = (start + place).to(tl.int64) * H + h, ok
     return place, ok, key_row, key_ok
@@ -77,11 +82,11 @@ def block_at(n, at, cu, count0, first, origin, span, T, C: tl.constexpr, CONTENT
     """
     start, length, seen, base = sequence(cu, count0, n, T, C, CONTENT, VARLEN)
     begin, end = grid_ends(seen, length, C)
-    place = at * C - seen + tl.arange(0, C)
+    place, ok = slots_of(at, length, seen, C)
     kept = (base + at - begin).to(tl.int64)
     slot = scratch_slot(n, at, base, begin, origin, span, WHOLE).to(tl.int64)
     leads, live = at == tl.maximum(first, begin), (at >= begin) & (at < end)
-    return leads, start + place, (place >= 0) & (place < length), kept, slot, live
+    return leads, start + place, ok, kept, slot, live
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hybridzoo.kernels.fused.blocks import channel_factors, far_factors, scalar_factors
 from hybridzoo.kernels.fused.places import block, chunk_row, sequence
-from hybridzoo.kernels.fused.tile import exponential, inverse, l2_factors, load, load1, log_decay, mm, squash
+from hybridzoo.kernels.fused.tile import exponential, inverse, l2_factors, load, load1, log_decay, mm, tanh
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def prepare_block(
             rv_ok = (rc < RANK)[:, None] & (every < V)[None, :]
             mean = tl.load(chunk_at + every, mask=every < V, other=0.0)
             U1 = tl.load(down + (hv * RANK + rc[:, None]) * V + every[None, :], mask=rv_ok, other=0.0)
-            hidden, slope = squash(mean, U1)
+            hidden, slope = tanh(tl.sum(U1 * mean[None, :], 1))
             if leads:  # no part of a mask, which the interpreter of Triton 3.9 makes a number of
                 tl.store(chunk_at + V + K + rc, hidden, mask=rc < RANK)  # for the backward pass, like u below
                 tl.store(chunk_at + V + K + RANK + rc, slope, mask=rc < RANK)

@@ -14,15 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence, state_of
+from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence, slots_of, state_of
 from hybridzoo.kernels.fused.tile import mm
 
 
 @triton.jit
 def write_gates(w, at, start, length, seen, hv, HV, C: tl.constexpr):
     """A scalar write gate at the tokens of block `at`, as it is stored: `[C]`, 0 outside."""
-    place = at * C - seen + tl.arange(0, C)
-    ok = (place >= 0) & (place < length)
+    place, ok = slots_of(at, length, seen, C)
     return tl.load(w + (start + place).to(tl.int64) * HV + hv, mask=ok, other=0.0)
 
 

@@ -46,6 +46,11 @@ def window_blocks(form: Form, C: int, span: int) -> int:
     return n_blocks(form, C) if form.packed else form.N * span
 
 
+def chunk_blocks(form: Form, C: int) -> int:
+    """How many blocks a content chunk of every sequence has."""
+    return form.N * form.chunk // C
+
+
 def new_blocks(call: Call, form: Form, C: int, blocks: int) -> Tensors:
     """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`."""
 
@@ -117,7 +122,7 @@ def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str,
         "STAGES": cuts.scan_stages,
         **own,
     }
-    grid = (form.N * form.HV * cuts.group, 1)
+    grid = (form.N * form.HV * cuts.group,)
     return Launch(kernel, grid, numbers(form, span), constants, options(cuts.group_warps), form.kinds)
 
 

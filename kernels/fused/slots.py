@@ -12,15 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import mm
-
-
-@triton.jit
-def capped(x, cap):
-    """`cap tanh(x / cap)`."""
-    y = tl.exp(-2 * tl.abs(x / cap))
-    bounded = cap * (1 - y) / (1 + y)
-    return tl.where(x < 0, -bounded, bounded)
+from hybridzoo.kernels.fused.tile import mm, tanh
 
 
 @triton.jit(do_not_specialize=["C", "span"])  # a cache that grows compiles nothing
@@ -52,7 +44,8 @@ def slots_kernel(
         vt = tl.load(v + at_head + slot[:, None] * D + dc[None, :], mask=ok[:, None] & d_ok[None, :], other=0.0)
         score = mm(qt, kt, MODE) * scale
         if CAPPED:
-            score = capped(score, cap)
+            bounded, _ = tanh(score / cap)
+            score = cap * bounded
         score = tl.where(ok[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])

@@ -11,37 +11,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.tile import readout, softplus
+from hybridzoo.kernels.fused.tile import mm, softplus, tanh
 
 
 @triton.jit
 def vector(ptr, head, dim, cols, ok):
-    """`x[head, cols]` of a contiguous `[heads, dim]` as float32, 0 outside."""
-    return tl.load(ptr + head.to(tl.int64) * dim + cols, mask=ok, other=0.0).to(tl.float32)
+    """`x[head, cols]` of a contiguous `[heads, dim]` as it is stored, 0 outside."""
+    return tl.load(ptr + head.to(tl.int64) * dim + cols, mask=ok, other=0.0)
 
 
 @triton.jit
-def unit(x):
-    """`x * rsqrt(sum x^2 + 1e-6)`."""
-    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+def gate(ptr, head, dim, cols, ok, KIND: tl.constexpr):
+    """A gate of one value a head (KIND 1) or one a channel (2) as it is stored; 0 without one (0)."""
+    x = 0.0
+    if KIND == 1:
+        x = tl.load(ptr + head)
+    elif KIND == 2:
+        x = vector(ptr, head, dim, cols, ok)
+    return x
+
+
+@triton.jit
+def sums(x, y):
+    """`sum_K x` and `sum_K y^2` of `x [BK, BV]` and `y [BK]`, `[BV]` each: by one sum, which all warps wait for."""
+    squares = tl.broadcast_to((y * y)[:, None], x.shape)
+    return tl.split(tl.sum(tl.join(x, squares), 0))
 
 
 @triton.jit
 def readout_kernel(
-    mean0, down, up, u, HV, K, V, down_head, up_head,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
+    mean0, down, up, u, N, HV, K, V, down_head, up_head,
+    BN: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """`u [N HV, K]`, what a content gate adds to the erase logits: a program a head of a sequence.
+    """`u [N HV, K]`, what a content gate adds to the erase logits (CARVE eq. 7): a program takes BN sequences of a head
+    and D of its key channels.
 
     Ahead of the step, since it takes every channel of a head's mean, which the programs of a step write in place.
     """
-    head = tl.program_id(0)
-    hv = (head % HV).to(tl.int64)
-    kc, vc, rc = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
-    k_ok, v_ok, r_ok = kc < K, vc < V, rc < RANK
-    U1 = tl.load(down + hv * down_head + rc[:, None] * V + vc[None, :], mask=r_ok[:, None] & v_ok[None, :], other=0.0)
-    U2 = tl.load(up + hv * up_head + kc[:, None] * RANK + rc[None, :], mask=k_ok[:, None] & r_ok[None, :], other=0.0)
-    tl.store(u + head.to(tl.int64) * K + kc, readout(vector(mean0, head, V, vc, v_ok), U1, U2), mask=k_ok)
+    n, hv = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
+    kc, rc = tl.program_id(2) * D + tl.arange(0, D), tl.arange(0, BR)
+    n_ok, k_ok, r_ok = (n < N)[:, None], (kc < K)[None, :], rc < RANK
+    head = (n.to(tl.int64) * HV + hv)[:, None]
+    U2 = tl.load(up + hv * up_head + kc[None, :] * RANK + rc[:, None], mask=r_ok[:, None] & k_ok, other=0.0)
+    inner = tl.zeros((BN, BR), tl.float32)
+    for d in tl.static_range(0, BV, D):
+        vc = d + tl.arange(0, D)
+        U1_ok = (vc < V)[:, None] & r_ok[None, :]
+        U1 = tl.load(down + hv * down_head + rc[None, :] * V + vc[:, None], mask=U1_ok, other=0.0)
+        mean = tl.load(mean0 + head * V + vc[None, :], mask=n_ok & (vc < V)[None, :], other=0.0)
+        inner += mm(mean, U1, "tf32x3")
+    hidden, _ = tanh(inner)
+    tl.store(u + head * K + kc[None, :], mm(hidden, U2, "tf32x3"), mask=n_ok & k_ok)
 
 
 @triton.jit
@@ -63,54 +83,61 @@ def step_kernel(
     key_head = n * H + hv // (HV // H)
     kc, vc = tl.arange(0, BK), part * BV + tl.arange(0, BV)
     k_ok, v_ok = kc < K, vc < V
-    state = head.to(tl.int64) * K * V + kc[:, None] * V + vc[None, :]
+    base, cell = head.to(tl.int64) * K * V, kc[:, None] * V + vc[None, :]
     state_ok = k_ok[:, None] & v_ok[None, :]
-    # First of all, since it takes longest.
-    S = tl.load(S0 + state, mask=state_ok, other=0.0)
-
-    qt = vector(q, key_head, K, kc, k_ok)
-    kt = vector(k, key_head, K, kc, k_ok)
-    if NORM:
-        qt, kt = unit(qt), unit(kt)
-    qt = qt * scale
-    ek = kt
-    if CORRECT == 1:
-        ek = kt * tl.load(e + head).to(tl.float32)
-    elif CORRECT == 2:
-        ek = kt * vector(e, head, K, kc, k_ok)
-    log_D = tl.zeros((BK,), tl.float32)
-    if DECAY == 1:
-        log_D += tl.load(g + head).to(tl.float32)
-    elif DECAY == 2:
-        log_D += vector(g, head, K, kc, k_ok)
+    # All that is read is asked for before anything is made of it: what is summed or laid out anew waits at a barrier,
+    # which no later load crosses. The state first, since it takes longest.
+    S = tl.load(S0 + base + cell, mask=state_ok, other=0.0)
+    qt, kt = vector(q, key_head, K, kc, k_ok), vector(k, key_head, K, kc, k_ok)
+    gt, et = gate(g, head, K, kc, k_ok, DECAY), gate(e, head, K, kc, k_ok, CORRECT)
+    vt, wt = vector(v, head, V, vc, v_ok), gate(w, head, V, vc, v_ok, WRITE)
     seen = tl.load(count0 + n)
+    at = head.to(tl.int64) * V + vc
     if ERASE:
-        logit = vector(z, head, K, kc, k_ok)
-        if CONTENT > 0:
-            logit += vector(u, head, K, kc, k_ok)
-            seen += 1
-        log_D -= softplus(logit)
+        zt = vector(z, head, K, kc, k_ok)
+    if CONTENT > 0:
+        ut = vector(u, head, K, kc, k_ok)
+        total = tl.load(sum0 + at, mask=v_ok, other=0.0)
+        mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
+        seen += 1
     full = seen == CONTENT
+    # The compiler begins no sum before it has asked for everything; and in place no thread writes what another reads.
+    tl.debug_barrier()
 
-    new = vector(v, head, V, vc, v_ok)
-    if WRITE == 1:
-        new = new * tl.load(w + head).to(tl.float32)
-    elif WRITE == 2:
-        new = new * vector(w, head, V, vc, v_ok)
+    qt, kt, new = qt.to(tl.float32), kt.to(tl.float32), vt.to(tl.float32)
+    log_D = tl.zeros((BK,), tl.float32)
+    if DECAY > 0:
+        log_D += gt.to(tl.float32)
+    if ERASE:
+        logit = zt.to(tl.float32)
+        if CONTENT > 0:
+            logit += ut
+        log_D -= softplus(logit)
     stored = S
     if DECAY > 0 or ERASE:
         S = S * tl.exp(tl.maximum(log_D, FLOOR))[:, None]
+    if WRITE > 0:
+        new = new * wt.to(tl.float32)
     if CORRECT > 0:
-        new -= tl.sum(ek[:, None] * (stored if STORED else S), 0)
+        read = (et.to(tl.float32) * kt)[:, None] * (stored if STORED else S)
+        if NORM:
+            found, size = sums(read, kt)
+            length = tl.rsqrt(size + 1e-6)
+            new = (new - found * length) * length
+        else:
+            new -= tl.sum(read, 0)
+    elif NORM:
+        new = new * tl.rsqrt(tl.sum(kt * kt, 0) + 1e-6)
     S += kt[:, None] * new[None, :]
-    tl.store(S1 + state, S, mask=state_ok)
-    out = tl.sum(qt[:, None] * S, 0)
-    at = head.to(tl.int64) * V + vc
+    tl.store(S1 + base + cell, S, mask=state_ok)
+    if NORM:
+        out, size = sums(qt[:, None] * S, qt)
+        out = out * scale * tl.rsqrt(size + 1e-6)
+    else:
+        out = tl.sum(qt[:, None] * S, 0) * scale
     tl.store(o + at, out, mask=v_ok)
     if CONTENT > 0:
-        total = tl.load(sum0 + at, mask=v_ok, other=0.0) + out
-        mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
-        tl.debug_barrier()  # in place: no thread writes a sum or mean that another has yet to read
+        total += out
         tl.store(sum1 + at, tl.where(full, 0.0, total), mask=v_ok)
         tl.store(mean1 + at, tl.where(full, total / CONTENT, mean), mask=v_ok)
     # One program a sequence writes it.

@@ -26,7 +26,10 @@ from hybridzoo.kernels.recurrence_op import STATE, TOKENS
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 # Warps of a program, and registers of a thread: at most 32 numbers of the state, and what the kernel needs beside them.
-WARPS, REGISTERS = 4, 128
+# With 96 a multiprocessor has room for five programs.
+WARPS, REGISTERS = 4, 96
+# Sequences of a program that reads the content gate's matrices.
+READERS = 16
 
 
 class Step(NamedTuple):
@@ -148,14 +151,15 @@ def _launches(
     }
     numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}
     schedule = {**options(WARPS), "maxnreg": REGISTERS}
-    step = Launch(step_kernel, (N * HV * parts, 1), numbers, constants, schedule, dtypes)
+    step = Launch(step_kernel, (N * HV * parts,), numbers, constants, schedule, dtypes)
     if pair is None:
         return [step]
     rank, down_head, up_head = pair
-    numbers = {"HV": HV, "K": K, "V": V, "down_head": down_head, "up_head": up_head}
-    constants = {"BK": power(K), "BV": power(V), "BR": power(rank), "RANK": rank}
-    warps = min(8, max(1, power(rank) * power(max(K, V)) // 1024))  # 32 numbers of each matrix a thread
-    return [Launch(readout_kernel, (N * HV, 1), numbers, constants, options(warps), dtypes), step]
+    numbers = {"N": N, "HV": HV, "K": K, "V": V, "down_head": down_head, "up_head": up_head}
+    channels = min(power(K), power(V), max(16, 2048 // power(rank)))  # of a matrix, that fit in registers
+    constants = {"BN": READERS, "BV": power(V), "BR": power(rank), "D": channels, "RANK": rank}
+    grid = (-(-N // READERS), HV, -(-K // channels))
+    return [Launch(readout_kernel, grid, numbers, constants, options(WARPS), dtypes), step]
 
 
 def step_channels(K: int, V: int) -> int:
