@@ -153,6 +153,7 @@ def _list_specs(as_json: bool) -> None:
 def _list_backends(as_json: bool) -> None:
     with working("looking for backends"):
         from hybridzoo.mixers import softmax
+        from hybridzoo.mixers.softmax.backends import usual_call
     rows, auto = softmax.found(), softmax.chosen()
     recurrence = _recurrence()
     serving = "torch" if recurrence["triton"] else "triton"
@@ -175,7 +176,8 @@ def _list_backends(as_json: bool) -> None:
         table.add_row(row.name, "\n".join(packages), here)
     console = stdout()
     console.print(table)
-    console.print("auto takes " + ", ".join(f"[bold]{name}[/] for {case}" for case, name in auto.items()))
+    taken = ", ".join(f"[bold]{name}[/] for {case}" for case, name in auto.items())
+    console.print(f"with heads of {usual_call().head_dim}, auto takes {taken}")
     by = "products of matrices" if serving == "torch" else "a [bold]triton[/] kernel, but for reference"
     console.print(f"generate and the server attend from one token a row by {by}, whatever backend is named")
     for name, refusal in recurrence.items():

@@ -64,7 +64,8 @@ def attend_packed(
     Raises: `ValueError` where the rule's backend cannot run this call.
     """
     q, k, v = _as_autocast_has_them(q, k, v)
-    backend = choose(call_of(q, k, v, rule, packed=True, cached=cache[0].shape[1] > 0), rule.backend)
+    call = call_of(q, k, v, rule, packed=True, cached=cache[0].shape[1] > 0, cache=cache)
+    backend = choose(call, rule.backend)
     return backend.attend_packed(q, k, v, rule, cu_seqlens, cache, length) if q.shape[0] else q
 
 

@@ -23,7 +23,8 @@ from hybridzoo.mixers.softmax.xformers import XFORMERS
 
 BACKENDS: Mapping[str, Backend] = {b.name: b for b in (FLASH, FLEX, XFORMERS, SDPA, REFERENCE)}
 
-# What `auto` tries, first to last. `reference` takes everything.
+# What `auto` tries, first to last; `reference` takes everything. FULL, SPARSE, PACKED and BEHIND go by the times in
+# benchmarks/results/attention*.json, but that `sdpa` is a little before `flash` in forward passes of full attention.
 PLAIN = ("sdpa", "reference")  # without a GPU
 FULL = ("flash", "sdpa", "flex", "xformers", "reference")
 SPARSE = (
@@ -33,6 +34,7 @@ SPARSE = (
     "sdpa",
     "reference",
 )  # windows and packs: masks that a kernel need not walk whole
+PACKED = ("flash", "xformers", "flex", "sdpa", "reference")  # packs in training, without a window
 SHORT = ("flash", "sdpa", "xformers", "flex", "reference")  # masks that cost less than what flex would compile for
 BEHIND = ("sdpa", "flex", "flash", "xformers", "reference")  # a few tokens after many: nothing is laid out anew
 CAPPED = ("flash", "flex", "reference")  # a soft-cap, which the others do not have
@@ -60,7 +62,9 @@ def order(call: Call) -> tuple[str, ...]:
         return SHORT_CAPPED if short else CAPPED
     if call.window is None and not call.packed:
         return FULL
-    return SHORT if short else SPARSE
+    if short:
+        return SHORT
+    return PACKED if call.window is None and call.gradient and not call.cached else SPARSE
 
 
 def choose(call: Call, asked: str) -> Backend:

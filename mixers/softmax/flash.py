@@ -20,6 +20,7 @@ from hybridzoo.mixers.softmax.rule import Backend, Call, SoftmaxRule, call_of
 LARGEST_HEAD = 256
 HEAD_STEP = 8  # loads are of 16 bytes
 OLDEST_4 = "4.0.0b11"  # the first that asks for the quack-kernels whose functions it calls
+TRAINED_4 = (32, 64, 96, 128, 256)  # head sizes whose gradients by 4.0.0b15 were right on compute capability 9
 
 
 def refusal(call: Call) -> str | None:
@@ -37,7 +38,7 @@ def refusal(call: Call) -> str | None:
 
 
 def refusal_4(call: Call) -> str | None:
-    """Why flash-attn-4 cannot run this call, or None; read from its interface at 4.0.0b11 to b36."""
+    """Why flash-attn-4 cannot run this call, or None; read from its interface at 4.0.0b11 to b36, run at b15."""
     too_old = "whose backward pass fails with quack-kernels 0.4"
     if (why := version_refusal("flash-attn-4", OLDEST_4, too_old)) is not None:
         return why
@@ -50,8 +51,24 @@ def refusal_4(call: Call) -> str | None:
         return f"needs a GPU of compute capability 9, 10 or 11 for gradients, got {major}"
     if major >= 10 and not (call.head_dim <= 128 or call.head_dim == 256):
         return f"takes head sizes up to 128, and 256, on this GPU, got {call.head_dim}"
-    if major >= 10 and call.head_dim == 256 and call.softcap and call.gradient:
+    return _gradient_refusal_4(call, major) if call.gradient else None
+
+
+def _gradient_refusal_4(call: Call, major: int) -> str | None:
+    if call.softcap and (call.packed or call.cached):  # rows behind a cache are packed for it
+        return "has no gradient of a soft-cap with packed sequences or behind a cache"
+    if major == 9 and call.head_dim not in TRAINED_4:
+        *some, last = TRAINED_4
+        return (
+            f"has gradients of head sizes {', '.join(map(str, some))} and {last} on this GPU, got {call.head_dim}: "
+            "those of 4.0.0b15 are wrong at 80 and do not compile at 192, others were not run"
+        )
+    if major >= 10 and call.head_dim == 256 and call.softcap:
         return "has no gradient of a soft-cap at a head size of 256 on this GPU"
+    # What is wrong at 80: backward kernels round head sizes up to 16s and add the gradient of q up in tiles of that
+    # size, while what reads these tiles rounds to 32s. For capability 10 an assertion says so, for 9 none does.
+    if major >= 10 and -(-call.head_dim // 16) % 2:
+        return f"has no gradient on this GPU where a head size's next multiple of 16 is none of 32, got {call.head_dim}"
     return None
 
 
@@ -88,7 +105,7 @@ def attend_packed(
         "max_seqlen_q": q.shape[0],
         "max_seqlen_k": line.k.shape[0],
     }
-    if refusal_4(call_of(q, k, v, rule)) is None:
+    if refusal_4(call_of(q, line.k, line.v, rule, packed=True)) is None:
         from flash_attn.cute import flash_attn_varlen_func as attention_4
 
         return _first(attention_4(q, line.k, line.v, window_size=_window(rule, None), **packing, **_options(rule)))

@@ -63,8 +63,16 @@ class Backend(NamedTuple):
     masks_empty_slots: bool = True
 
 
-def call_of(q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule, packed: bool = False, cached: bool = False) -> Call:
-    """Describe a call on `q, k, v [..., heads, D]`."""
+def call_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: SoftmaxRule,
+    packed: bool = False,
+    cached: bool = False,
+    cache: tuple[Tensor, ...] = (),
+) -> Call:
+    """Describe a call on `q, k, v [..., heads, D]`; `cache`: what gradients may go to beside these."""
     return Call(
         device=q.device.type,
         number=q.device.index,
@@ -75,6 +83,6 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule, packed: bool = F
         softcap=rule.softcap is not None,
         packed=packed,
         cached=cached,
-        gradient=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        gradient=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *cache)),
         compiling=torch.compiler.is_compiling(),
     )

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from hybridzoo.mixers import memory
 from hybridzoo.mixers.attention import Attention
 from hybridzoo.mixers.memory import host_bounds, remembered
-from hybridzoo.mixers.softmax import BACKENDS, SoftmaxRule, attend, backends, flex, imports
+from hybridzoo.mixers.softmax import BACKENDS, SoftmaxRule, attend, attend_packed, backends, flex, imports
 from hybridzoo.mixers.softmax.backends import choose, chosen, found, order, usual_call
 from hybridzoo.mixers.softmax.spans import batched_spans, packed_spans, visible
 
@@ -26,7 +26,7 @@ STAND_INS = {"flash 2": ("flash-attn",), "flash 4": ("flash-attn-4",), "xformers
 
 
 @st.composite
-def problems(draw: st.DrawFn, softcap: bool = True) -> AttentionProblem:
+def problems(draw: st.DrawFn, softcap: bool = True, sizes: tuple[int, ...] = (8, 16)) -> AttentionProblem:
     """A batch or a pack, fresh or behind caches filled to different lengths, windowed or not."""
     cached = tuple(draw(st.lists(st.integers(0, 7), min_size=1, max_size=4)))
     if draw(st.booleans()):
@@ -38,7 +38,7 @@ def problems(draw: st.DrawFn, softcap: bool = True) -> AttentionProblem:
     return make_attention(
         T=draw(st.integers(1, 12)),
         heads=draw(st.sampled_from([(2, 2), (4, 2), (3, 1)])),
-        D=draw(st.sampled_from([8, 16])),
+        D=draw(st.sampled_from(sizes)),
         window=draw(st.none() | st.integers(1, 14)),
         softcap=draw(st.sampled_from([None, 1.5])) if softcap else None,
         cached=cached,
@@ -57,12 +57,18 @@ def test_sdpa_is_the_reference_with_its_gradients(problem: AttentionProblem) -> 
 @pytest.mark.parametrize("package", STAND_INS)
 def test_a_package_is_asked_for_what_the_reference_computes(package: str) -> None:
     backend = package.partition(" ")[0]
+    sizes = (32, 64) if package == "flash 4" else (8, 16)  # flash-attn-4 has no gradients of 8 and 16 here
 
     @settings(max_examples=25)
-    @given(problem=problems(softcap=backend == "flash"))
+    @given(problem=problems(softcap=backend == "flash", sizes=sizes))
     def holds(problem: AttentionProblem) -> None:
         rounded = problem.to(torch.bfloat16)
-        errors = apart(rounded.results(backend), rounded.results("reference"))
+        packed = problem.lengths is not None or problem.tensors["old_k"].shape[1] > 0
+        gradients = not (package == "flash 4" and problem.rule.softcap and packed)
+        if not gradients:
+            with pytest.raises(ValueError, match="has no gradient of a soft-cap with packed sequences or behind a"):
+                rounded.results(backend)
+        errors = apart(rounded.results(backend, gradients), rounded.results("reference", gradients))
         assert errors.pop("y") < 6e-3
         assert max(errors.values(), default=0) < 1.5e-2, errors
 
@@ -286,6 +292,7 @@ def test_auto_takes_the_first_of_its_order_that_does_not_refuse() -> None:
         ({"tokens": 2047, "window": 683}, "flash", False),  # no band: a square of masked scores
         ({"tokens": 2048, "window": 64}, "flash", False),
         ({"tokens": 2047, "window": 64, "packed": True}, "flash", False),
+        ({"tokens": 511, "packed": True}, "flash", True),
         ({"tokens": 1024, "window": 64, "softcap": True}, "flash", True),
     ],
 )
@@ -297,6 +304,20 @@ def test_nothing_compiles_where_plain_products_cost_little(
     assert names[0] == first
     plain = "reference" if call.softcap else "sdpa"
     assert ("flex" not in names or names.index(plain) < names.index("flex")) == before_flex
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, True),
+        ({"gradient": False}, False),
+        ({"window": 1024}, False),
+        ({"cached": True}, False),  # xformers would copy the caches
+    ],
+)
+def test_xformers_comes_before_flex_for_packs_that_are_trained_on(changes: dict[str, Any], first: bool) -> None:
+    names = order(usual_call(device="cuda", number=0, packed=True, **changes))
+    assert (names.index("xformers") < names.index("flex")) == first
 
 
 def test_every_call_has_a_backend_and_only_known_ones_are_ordered() -> None:
@@ -359,6 +380,88 @@ def test_flash_attn_2_computes_where_flash_attn_4_is_too_old(monkeypatch: pytest
     monkeypatch.setattr("flash_attn.cute.flash_attn_func", None)
     errors = apart(problem.results("flash"), expected)
     assert max(errors.values()) < 1.5e-2, errors
+
+
+GRADIENTS_4 = [
+    (
+        9,
+        {"head_dim": 80},
+        "of head sizes 32, 64, 96, 128 and 256 on this GPU, got 80: those of 4.0.0b15 are wrong at 80",
+    ),
+    (9, {"head_dim": 192, "window": 64}, "got 192: those of 4.0.0b15 are wrong at 80 and do not compile at 192"),
+    (
+        9,
+        {"head_dim": 48, "packed": True},
+        "got 48: those of 4.0.0b15 are wrong at 80 and do not compile at 192, others",
+    ),
+    (9, {"softcap": True, "packed": True}, "has no gradient of a soft-cap with packed sequences or behind a cache"),
+    (9, {"softcap": True, "cached": True}, "has no gradient of a soft-cap with packed sequences or behind a cache"),
+    (10, {"softcap": True, "packed": True}, "has no gradient of a soft-cap with packed sequences or behind a cache"),
+    (10, {"softcap": True, "head_dim": 256}, "has no gradient of a soft-cap at a head size of 256"),
+    (10, {"head_dim": 80}, "has no gradient on this GPU where a head size's next multiple of 16 is none of 32, got 80"),
+]
+
+
+@pytest.mark.parametrize(("major", "changes", "why"), GRADIENTS_4)
+def test_flash_attn_4_refuses_gradients_that_fail_and_computes_without(
+    monkeypatch: pytest.MonkeyPatch, major: int, changes: dict[str, Any], why: str
+) -> None:
+    attention_stand_ins.install(monkeypatch, "flash-attn-4", capability=major)
+    call = usual_call(device="cuda", dtype=torch.bfloat16, **changes)
+    said = str(BACKENDS["flash"].refusal(call))
+    assert said.startswith("with flash-attn-4 has ")
+    assert why in said
+    assert "; with flash-attn 2 needs the package flash-attn" in said
+    assert BACKENDS["flash"].refusal(call._replace(gradient=False)) is None
+
+
+@pytest.mark.parametrize(("major", "changes", "why"), GRADIENTS_4)
+def test_auto_takes_the_next_where_flash_attn_4_has_no_gradients(
+    monkeypatch: pytest.MonkeyPatch, major: int, changes: dict[str, Any], why: str
+) -> None:
+    free = {name: backend._replace(refusal=lambda call: None) for name, backend in BACKENDS.items() if name != "flash"}
+    monkeypatch.setattr(backends, "BACKENDS", {**BACKENDS, **free})
+    attention_stand_ins.install(monkeypatch, "flash-attn-4", capability=major)
+    call = usual_call(device="cuda", dtype=torch.bfloat16, **changes)
+    names = order(call)
+    assert choose(call, "auto").name == names[names.index("flash") + 1]
+    assert choose(call._replace(gradient=False), "auto").name == "flash"
+    attention_stand_ins.install(monkeypatch, "flash-attn-4", "flash-attn", capability=major)
+    assert choose(call, "auto").name == "flash"  # by flash-attn 2
+
+
+@pytest.mark.parametrize(
+    ("major", "sizes"), [(9, [32, 64, 96, 128, 256]), (10, [24, 32, 56, 64, 88, 96, 120, 128, 256])]
+)
+def test_the_head_sizes_with_gradients_by_flash_attn_4(
+    monkeypatch: pytest.MonkeyPatch, major: int, sizes: list[int]
+) -> None:
+    attention_stand_ins.install(monkeypatch, "flash-attn-4", capability=major)
+    call = usual_call(device="cuda", dtype=torch.bfloat16)
+    assert [D for D in range(8, 257, 8) if BACKENDS["flash"].refusal(call._replace(head_dim=D)) is None] == sizes
+
+
+@pytest.mark.parametrize("way", [{"lengths": (5, 0, 9), "cached": (2, 0, 3)}, {"T": 5, "cached": (2, 0, 3)}])
+@pytest.mark.parametrize("words", [{"D": 80}, {"D": 32, "softcap": 2.0}])
+def test_flash_attn_2_computes_the_gradients_that_flash_attn_4_has_not(
+    monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], words: dict[str, Any]
+) -> None:
+    problem = make_attention(heads=(2, 2), **way, **words).to(torch.bfloat16)
+    expected = problem.results("reference")
+    attention_stand_ins.install(monkeypatch, "flash-attn", "flash-attn-4")
+    monkeypatch.setattr("flash_attn.cute.flash_attn_varlen_func", lambda *_, **__: pytest.fail("not by this one"))
+    errors = apart(problem.results("flash"), expected)
+    assert max(errors.values()) < 1.5e-2, errors
+
+
+def test_a_cache_that_alone_has_gradients_counts_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention_stand_ins.install(monkeypatch, "flash-attn-4")
+    q, bounds, length = torch.randn(4, 2, 80).bfloat16(), torch.tensor([0, 4]), torch.tensor([3])
+    cache = torch.randn(1, 3, 2, 80).bfloat16()
+    rule = SoftmaxRule(1.0, backend="flash")
+    assert attend_packed(q, q, q, rule, bounds, (cache, cache), length).shape == q.shape
+    with pytest.raises(ValueError, match="wrong at 80"):
+        attend_packed(q, q, q, rule, bounds, (cache.requires_grad_(), cache), length)
 
 
 def test_a_version_is_a_constant_to_a_compiler() -> None:

@@ -100,7 +100,24 @@ def test_other_dtypes(backend: str, shape: str, dtype: torch.dtype, D: int, reco
     check(make_attention(D=D, **words), backend, dtype, record_property)
 
 
-@pytest.mark.parametrize("shape", ["decode", "decode, windowed", "packed behind caches", "behind a cache"])
+@pytest.mark.parametrize("D", [40, 80, 192])
+@pytest.mark.parametrize("backend", FAST)
+def test_head_sizes_without_gradients(backend: str, D: int, record_property: Any) -> None:
+    with torch.inference_mode():
+        problem = make_attention(T=333, heads=(4, 2), D=D, window=100)
+        check(problem, backend, torch.bfloat16, record_property, gradients=False)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "decode",
+        "decode, windowed",
+        "packed behind caches",
+        "packed behind caches, windowed, soft-cap",
+        "behind a cache",
+    ],
+)
 @pytest.mark.parametrize("backend", FAST)
 def test_without_gradients_too(backend: str, shape: str, record_property: Any) -> None:
     words = {"heads": (4, 4), **SHAPES[shape]}

@@ -227,8 +227,14 @@ def _xformers() -> dict[str, ModuleType]:
     return modules
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *packages: str, versions: Mapping[str, str] | None = None) -> None:
-    """Put stand-ins for `packages` (by their distributions' names) in the place of modules, as on a Hopper GPU.
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    *packages: str,
+    versions: Mapping[str, str] | None = None,
+    capability: int = 9,
+) -> None:
+    """Put stand-ins for `packages` (by their distributions' names) in the place of modules, as on a GPU of this compute
+    capability.
 
     They are no distributions, and so have no versions but those that are given.
     """
@@ -243,7 +249,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *packages: str, versions: Mapping[s
         monkeypatch.setitem(sys.modules, name, module)
     for backend in (flash, xformers):
         monkeypatch.setattr(backend, "device_refusal", lambda *_: None)
-    monkeypatch.setattr(flash, "capability", lambda *_: 9)
+    monkeypatch.setattr(flash, "capability", lambda *_: capability)
     monkeypatch.setattr(imports, "installed", (versions or {}).get)
     for name in ("_import_refusal", "_version_refusal"):
-        monkeypatch.setattr(imports, name, getattr(imports, name).__wrapped__)
+        asked = getattr(imports, name)
+        monkeypatch.setattr(imports, name, getattr(asked, "__wrapped__", asked))
