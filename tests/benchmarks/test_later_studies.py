@@ -1,4 +1,4 @@
-"""The page of the ratio study quotes the two that followed it: where the layers stand, and a window."""
+"""The page of the ratio study quotes what followed it: how many trainings, gates, and attention with a window."""
 
 from __future__ import annotations
 
@@ -8,65 +8,10 @@ from statistics import fmean as mean
 
 from pages import MIXERS, PAGE, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_of, text_of
 
-from hybridzoo.studies.comparisons import holm, paired_p
-from hybridzoo.studies.stats import difference
-
-PLACED, WINDOWED = STUDY / "placed", STUDY / "windowed"
-OVERWRITE = PLACED / "overwrite"
+WINDOWED = STUDY / "windowed"
+PLACES = (STUDY / "placed", STUDY / "placed/overwrite", STUDY / "placed/half", STUDY / "first")
 FRONT = text_of("README.md")
 WORDS = " ".join(PAGE.split())
-
-
-def test_where_the_layers_stand_scored_what_the_page_says() -> None:
-    means = means_of(PLACED)
-    _, _, *lines = lines_after("## Where the layers stand")
-    assert [line[0] for line in lines] == list(MIXERS)
-    for mixer, *cells in lines:
-        stacks = [f"{mixer}, ratio={r}, placement={p}" for r in ("1/8", "1/4") for p in ("even", "first")]
-        assert cells == [f"{means[stack]:.1f}" for stack in stacks]
-    first = [score for stack, mine in scores_of(PLACED).items() if "first" in stack for score in mine]
-    assert f"recall {min(first):.1f} to {max(first):.1f} % in every seed" in WORDS
-    rest = [score for stack, mine in scores_of(PLACED).items() if "even" in stack for score in mine]
-    assert min(first) > max(rest)
-    assert f"the worst seed recalls {min(first):.1f} %, of the others the best {max(rest):.1f}" in WORDS
-    layers = {row["stack"]: row["layers"] for row in rows("stacks", PLACED)}
-    assert layers["mamba2, ratio=1/8, placement=even"].endswith("a")
-    assert layers["mamba2, ratio=1/8, placement=first"].startswith("a")
-
-
-def test_first_against_even_is_what_a_paired_test_says() -> None:
-    scores = scores_of(PLACED)
-    apart = []
-    for mixer in MIXERS:
-        first, even = (
-            [
-                mean(two)
-                for two in zip(*(scores[f"{mixer}, ratio={r}, placement={p}"] for r in ("1/8", "1/4")), strict=True)
-            ]
-            for p in ("first", "even")
-        )
-        apart.append(difference(first, even))
-    p = holm([paired_p(one) for one in apart])
-    said = re.search(
-        r"by ([\d.]+) points beside carve \(p ([\d.]+)\), ([\d.]+) beside its twin \(([\d.]+)\), ([\d.]+) beside gdn2 "
-        r"\(([\d.]+)\), ([\d.]+) beside gated_delta_net \(([\d.]+)\) and (\d+) beside mamba2 \(below 0\.001\)",
-        WORDS,
-    )
-    assert said
-    *told, most = said.groups()
-    assert told == [
-        word for one, value in zip(apart[:4], p, strict=False) for word in (f"{one.mean:.1f}", f"{value:.3f}")
-    ]
-    assert most == f"{apart[4].mean:.0f}"
-    assert p[4] < 0.001
-
-
-def test_stacks_that_both_studies_have_scored_what_the_page_says() -> None:
-    here, there = means_of(PLACED), means_of(STUDY, "recall")
-    for mixer, ratio in (("gated_delta_net", "1/8"), ("gated_delta_net", "1/4"), ("carve", "1/8")):
-        stack = f"{mixer}, ratio={ratio}"
-        both = (f"{there[stack]:.1f}", f"{here[f'{stack}, placement=even']:.1f}")
-        assert re.search(rf"{both[0]}( %)?( there)? and {both[1]}", WORDS), stack
 
 
 def test_the_gate_is_used_in_one_layer_of_a_hundred() -> None:
@@ -85,31 +30,14 @@ def test_the_gate_is_used_in_one_layer_of_a_hundred() -> None:
     assert f"twin scores {means['carve[erase=token], ratio=1/4']:.1f}." in WORDS
 
 
-def test_the_front_page_says_where_one_layer_recalls() -> None:
-    means = means_of(PLACED)
-    firsts = [means[f"{mixer}, ratio=1/8, placement=first"] for mixer in MIXERS]
-    last = means["mamba2, ratio=1/8, placement=even"]
-    assert f"{min(firsts):.1f} to {max(firsts):.1f} % beside all five mixers" in FRONT
-    assert f"is at {last:.1f} % with the same layer placed last" in FRONT
-    counts = [len(rows("trials", study)) for study in (STUDY, WINDOWED, PLACED, OVERWRITE)]
-    assert f"[{sum(counts)} trials]" in FRONT
-    assert f"{counts[0]} trials" in WORDS
-    assert f"{counts[1]} trials, and with" in WORDS
-    assert f"few layers of attention, {counts[2] + counts[3]}." in WORDS
-
-
-def test_one_layer_on_keys_that_change_scored_what_the_page_says() -> None:
-    header, _, *lines = lines_after("**On keys that change the same.**")
-    assert header[0].startswith("overwrite")
-    scores, before = scores_of(OVERWRITE), means_of(STUDY, "overwrite")
-    assert [line[0] for line in lines] == ["gdn2", "mamba2"]
-    for mixer, last, first, seeds in lines:
-        mine = scores[f"{mixer}, ratio=1/8, placement=first"]
-        assert last == f"{before[f'{mixer}, ratio=1/8']:.1f}"
-        assert first == f"{mean(mine):.1f}"
-        assert seeds == ", ".join(f"{score:.1f}" for score in mine)
-    assert f"it gets {lines[0][2]} % right beside gdn2, last {lines[0][1]}" in FRONT
-    assert f"the first gets {lines[0][2]} % right beside gdn2" in WORDS
+def test_the_pages_count_the_trials_that_ran() -> None:
+    there, window, *places = (len(rows("trials", study)) for study in (STUDY, WINDOWED, *PLACES))
+    assert f"[{there + window + sum(places)} trials]" in FRONT
+    pilots = len(json.loads((STUDY / "tuned.json").read_text(encoding="utf-8")))
+    assert f"{pilots} pilots and {there} trials on" in WORDS
+    assert f"{window} trials, and with" in WORDS
+    assert f"attention, {sum(places)}: {pilots + there + window + sum(places)} trainings in all." in WORDS
+    assert f"four first: {sum(places)} trials." in WORDS
 
 
 def test_what_a_window_scored_is_what_the_page_says() -> None:
@@ -178,9 +106,3 @@ def test_what_mixtures_keep_of_a_sequence_is_what_was_counted() -> None:
         *(f"{size / 1000:.0f}" for size in (small[0], small[-1])),
         *(f"{size / 1e6:.1f}" for size in (large[0], large[-1])),
     )
-
-
-def test_the_files_that_it_names_are_there() -> None:
-    named = re.findall(r"\]\(((?:placed|windowed)/[^)]*)\)", PAGE)
-    assert len(named) == 11
-    assert all((STUDY / name).exists() for name in named)

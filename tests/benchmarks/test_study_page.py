@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from pages import MIXERS, PAGE, ROOT, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_of, text_of
+from pages import MIXERS, PAGE, ROOT, SHARES, STUDY, TASKS, lines_after, means_of, rows, scores_at, scores_of, text_of
 
 from hybridzoo.studies.comparisons import with_the_best
 
@@ -86,22 +86,10 @@ def test_the_shares_that_are_best_or_not_told_from_the_best_are_counted() -> Non
     assert list(said.groups()) == [line[-1] for line in (lines[3], lines[2], lines[1], lines[0], lines[4])]
 
 
-def at_12288(ratio: str = "") -> dict[str, float]:
-    """Needles found at 12,288 tokens, in per cent, by stack; of one ratio by mixer."""
-    scores: dict[str, list[float]] = {}
-    for row in rows("levels"):
-        if (row["task"], row["level"]) == ("needle", "12288") and row["stack"].endswith(ratio):
-            scores.setdefault(row["stack"].partition(", ")[0] if ratio else row["stack"], []).append(
-                100 * float(row["score"])
-            )
-    return {stack: sum(values) / len(values) for stack, values in scores.items()}
-
-
 def test_what_is_said_of_length_is_what_was_scored() -> None:
-    half, alone = at_12288("ratio=1/2").values(), at_12288()["all attention"]
-    less = [
-        mean for share in ("0", "1/8", "1/4") for name, mean in at_12288(f"ratio={share}").items() if name != "mamba2"
-    ]
+    means = {stack: sum(seeds) / len(seeds) for stack, seeds in scores_at(STUDY, "needle", 12288).items()}
+    alone, half = means["all attention"], [means[f"{mixer}, ratio=1/2"] for mixer in MIXERS]
+    less = [means[f"{mixer}, {share}"] for share in list(SHARES.values())[:3] for mixer in MIXERS[:4]]
     said = (f"{alone:.0f}", f"{min(half):.0f} to {max(half):.0f}", f"{min(less):.0f} to {max(less):.0f}")
     found = re.search(
         r"attention alone finds (\d+) % of the needles,\s+and mixtures with half of it (\d+ to \d+) %;"

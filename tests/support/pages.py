@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,11 +35,18 @@ def lines_after(title: str, page: str = PAGE) -> list[list[str]]:
 
 def scores_of(study: Path, task: str | None = None) -> dict[str, list[float]]:
     """Each stack's scores, a seed each, of a study of one task, or on one: in per cent, on text in bits."""
+    return _by_stack(row for row in rows("trials", study) if task in (None, row["task"]))
+
+
+def scores_at(study: Path, task: str, level: int) -> dict[str, list[float]]:
+    """The same at one level of difficulty."""
+    return _by_stack(row for row in rows("levels", study) if (row["task"], row["level"]) == (task, str(level)))
+
+
+def _by_stack(found: Iterable[dict[str, str]]) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {}
-    for row in rows("trials", study):
-        if task in (None, row["task"]):
-            scale = 1 if row["task"] == "text" else 100
-            scores.setdefault(row["stack"], []).append(scale * float(row["score"]))
+    for row in found:
+        scores.setdefault(row["stack"], []).append((1 if row["task"] == "text" else 100) * float(row["score"]))
     return scores
 
 
