@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hybridzoo.studies import SideBySide
 
 LISTED = 12  # things that only one study has: of more the page tells
+WORD = 30  # letters of a label that are never cut
 
 
 def show_comparison(side: SideBySide) -> None:
@@ -26,10 +27,14 @@ def show_comparison(side: SideBySide) -> None:
         shown = side.findings[0].shown(task)
         console.print(f"[bold]{escape(task)}[/]" + (f", equal {BUDGET_WORDS[budget]}" if budget else ""))
         table = new_table()
-        for name in ("stack", *map(escape, side.names), "difference (95 %)", "seeds", ""):
+        rows = [row(shown, pair) for pair in pairs]
+        # On a narrow terminal intervals are wrapped and labels keep their words, by which stacks are told apart.
+        longest = max(len(word) for label, *_ in rows for word in label.split())
+        table.add_column("stack", min_width=min(longest, WORD), overflow="fold")
+        for name in (*map(escape, side.names), "", "difference (95 %)", "seeds"):
             table.add_column(name)
-        for pair in pairs:
-            table.add_row(*map(escape, row(shown, pair)))
+        for *means, apart, seeds, outcome in rows:
+            table.add_row(*map(escape, (*means, outcome, apart, seeds)))
         console.print(table)
         for said in summary(side, pairs):
             console.print(escape(said), soft_wrap=True)

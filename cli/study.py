@@ -160,14 +160,26 @@ def _failures(run: Run, report: str) -> str:
 @app.command("report")
 @command
 def report_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a study's run.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="The folder of a run, or of a study that was kept.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report. Default: DIR, if it holds a run.", show_default=False),
+    ] = None,
+    imports: names.Imports = None,
 ) -> None:
     """Write the report of a run again, from the results that are there; also while it is still running."""
     with working("drawing the report"):
         from hybridzoo.studies import read_findings, write_report
+        from hybridzoo.studies.report import holds_study
 
+        names.import_own(imports)
+        if out is not None and holds_study(out):
+            raise fail(f"{out}: holds a study, whose report would be replaced; give --out a folder of its own")
         findings = read_findings(folder)
-        report = write_report(folder, findings)
+        report = write_report(out or folder, findings)
     for number, what in (
         (len(findings.faults), "damaged and not used; the next run of the study replaces them"),
         (len(findings.failed), "failed; the next run of the study tries them again"),
@@ -181,18 +193,23 @@ def report_command(
 @app.command("compare")
 @command
 def compare_command(
-    first: Annotated[Path, typer.Argument(metavar="A", help="The folder of one study's run.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another's.", show_default=False)],
+    first: Annotated[
+        Path,
+        typer.Argument(metavar="A", help="The folder of a run, or of a study that was kept.", show_default=False),
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The folder of another.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The page to write. Default: A-and-B.html beside A.", show_default=False),
     ] = None,
+    imports: names.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print data, and write no page.")] = False,
 ) -> None:
     """Set two studies side by side: how far the stacks that both have differ, and what else does."""
     with working("comparing"):
         from hybridzoo.studies import compare_studies, write_comparison
 
+        names.import_own(imports)
         side = compare_studies(first, second)
     if as_json:
         print_json(side.to_dict())

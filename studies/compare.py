@@ -16,6 +16,7 @@ from hybridzoo.studies.comparisons import SEEDS, holm, paired_p
 from hybridzoo.studies.display import format_count
 from hybridzoo.studies.findings import Cell, Findings
 from hybridzoo.studies.report import read_findings
+from hybridzoo.studies.results import SHORT_KEY
 from hybridzoo.studies.stack import Stack
 from hybridzoo.studies.stats import Summary, difference
 from hybridzoo.studies.tables import Table, Value
@@ -24,6 +25,7 @@ from hybridzoo.studies.verdicts import parts
 # Keys of a study whose difference says nothing by itself: what is in the tables, or only a name.
 _TOLD_ELSEWHERE = ("name", "about", "stacks", "axes", "overrides")
 _NONE: Any = object()  # what a study has no value of
+_NAMES = ("first", "second")
 
 
 # What only the first and only the second study has, and of stacks on which tasks.
@@ -82,16 +84,17 @@ class SideBySide:
 
 
 def compare_studies(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> SideBySide:
-    """Set the runs in two folders side by side.
+    """Set the studies in two folders side by side: runs, or studies that were kept as a file and tables.
 
     Budgets and tasks are matched by name, stacks by label or, where a label is in one study alone, by being made the
     same: equal layers and words. Seeds pair where both studies have them and the task draws the same data; two studies
-    of different steps or rates may pair, and `changed` says in what they differ.
+    of different steps or rates may pair, and `changed` says in what they differ. What a kept study does not tell is
+    among the notes.
 
-    Raises: `SpecError` where a folder holds no run.
+    Raises: `SpecError` where a folder holds no study.
     """
     one, other = read_findings(first), read_findings(second)
-    notes: list[str] = []
+    notes = _lacks(one, other)
     only: Only = ({}, {})
     pairs: list[Pair] = []
     for name, first_part, second_part in _budgets(one, other, only, notes):
@@ -99,11 +102,10 @@ def compare_studies(first: str | os.PathLike[str], second: str | os.PathLike[str
             if said := _not_alike(first_part, second_part, task):
                 notes.append(said)
                 continue
-            seeded = _data(first_part, task) == _data(second_part, task)
-            if not seeded:
-                notes.append(f"The task {task} draws other data in the two studies, so seeds do not pair on it.")
             matched = _matched(first_part, second_part, task, name, only)
-            pairs += _compared(name, task, matched, seeded)
+            said = _not_paired(first_part, second_part, task) if matched else ""
+            notes += filter(None, [said])
+            pairs += _compared(name, task, matched, seeded=not said)
     names = (str(one.plan.study["name"]), str(other.plan.study["name"]))
     if names[0] == names[1]:  # two runs of one study are told apart by their folders
         names = (os.fspath(first), os.fspath(second))
@@ -172,9 +174,26 @@ def _not_alike(one: Findings, other: Findings, task: str) -> str:
     return ""
 
 
-def _data(findings: Findings, task: str) -> str:
-    found = [trial.fingerprint for trial in findings.plan.trials if trial.task == task]
-    return json.dumps(found[:1], sort_keys=True, default=str)
+def _lacks(one: Findings, other: Findings) -> list[str]:
+    """Say what kept studies do not tell; of both at once what is true of both."""
+    both = [lack for lack in one.lacks if lack in other.lacks]
+    said = [f"Each study {lack}." for lack in both]
+    for name, each in zip(_NAMES, (one, other), strict=True):
+        said += [f"The {name} study {lack}." for lack in each.lacks if lack not in both]
+    return said
+
+
+def _not_paired(one: Findings, other: Findings, task: str) -> str:
+    """Say why seeds do not pair on a task, nothing where they do: batches must be the same, and known to be."""
+    first, second = one.data.get(task), other.data.get(task)
+    if first is None or second is None:
+        return (
+            f"Whether the task {task} draws the same data in the two studies is not known, so seeds do not pair on it: "
+            "it reads files, and the tables do not say which."
+        )
+    return (
+        "" if first == second else f"The task {task} draws other data in the two studies, so seeds do not pair on it."
+    )
 
 
 def _matched(one: Findings, other: Findings, task: str, budget: str, only: Only) -> list[tuple[Cell, Cell]]:
@@ -256,14 +275,15 @@ def _as_text(value: Any) -> str:
 def _made(one: Findings, other: Findings) -> list[str]:
     """Say in what the two runs were made differently: code, versions, devices."""
     said = []
-    codes = [{trial.code for trial in each.plan.trials} for each in (one, other)]
-    if not codes[0] & codes[1]:
+    # Tables keep the beginnings of these hashes, and those of earlier versions none.
+    codes = [{trial.code[:SHORT_KEY] for trial in each.plan.trials} - {""} for each in (one, other)]
+    if codes[0] and codes[1] and not codes[0] & codes[1]:
         said.append("The code that trains and scores differs between the two studies.")
     for key in ("torch", "device_name", "commit"):
         values = [sorted({str(env.get(key, "")) for env in each.environments} - {""}) for each in (one, other)]
         if values[0] and values[1] and values[0] != values[1]:
             said.append(f"Made with {key} {', '.join(values[0])} and with {', '.join(values[1])}.")
-    for name, each in zip(("first", "second"), (one, other), strict=True):
+    for name, each in zip(_NAMES, (one, other), strict=True):
         if each.missing or each.failed:
             said.append(
                 f"The {name} study is a part: {format_count(len(each.missing), 'trial')} without a result, "

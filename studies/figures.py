@@ -28,7 +28,7 @@ from hybridzoo.studies.canvas import (
 from hybridzoo.studies.figures_inside import gate_figure, placement_map
 from hybridzoo.studies.figures_learning import learning_curves, level_curve
 from hybridzoo.studies.figures_ratio import ratio_curve
-from hybridzoo.studies.findings import Findings, on_frontier
+from hybridzoo.studies.findings import Findings, on_frontier, weighs_memory
 from hybridzoo.studies.solve import BUDGET_WORDS, UNITS
 from hybridzoo.studies.style import INK, SOFT, Look, legend_below, looks
 from hybridzoo.studies.verdicts import parts
@@ -66,7 +66,8 @@ def _draw(findings: Findings, drawn: dict[str, Look]) -> dict[str, Any]:
         for task in tasks:
             if findings.shown(task).levels:
                 pictures[f"levels-{task}"] = level_curve(findings, task, drawn)
-        pictures["frontier"] = frontier(findings, tasks, drawn)
+        if all(weighs_memory(budget) for budget in findings.plan.budgets):
+            pictures["frontier"] = frontier(findings, tasks, drawn)
         for task in tasks:
             if any(len(cell.curve(findings.shown(task).metric)[0]) > 1 for cell in findings.of(task)):
                 pictures[f"learning-{task}"] = learning_curves(findings, task, drawn)

@@ -33,7 +33,7 @@ _COLUMNS = 8  # panels side by side that can still be read
 
 def placement_map(findings: Findings, task: str) -> Any | None:
     """Draw the score by ratio and placement of attention, a map a recurrent mixer; None where either is not varied."""
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Patch, Rectangle
 
     maps = grids(findings, task)
     if not maps:
@@ -49,6 +49,7 @@ def placement_map(findings: Findings, task: str) -> Any | None:
     figure = new_figure(min(WIDEST, across * (1.15 * len(columns) + 1.2) + 1.6), down * (0.62 * len(rows) + 1.1) + 0.5)
     axes_of = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     image = None
+    framed: list[str] = []
     for axes, (name, grid) in zip(axes_of, maps.items(), strict=False):
         values = [
             [grid[place, share].mean if (place, share) in grid else math.nan for share in columns] for place in rows
@@ -67,9 +68,9 @@ def placement_map(findings: Findings, task: str) -> Any | None:
                 axes.text(x, y, _said(shown, cell), ha="center", va="center", fontsize=8.5, color=colour)
                 best = cell.stack.label == ranked.cells[0].stack.label
                 if best or cell.stack.label in tied:
-                    box = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="#d1495b", linewidth=2)
-                    box.set_linestyle("-" if best else (0, (2, 2)))
-                    axes.add_patch(box)
+                    said = _BEST if best else _TIED
+                    axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **_frame(said)))
+                    framed.append(said)
         axes.set_xticks(range(len(columns)), [percent(share) for share in columns])
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(axis="y", labelcolor=INK)
@@ -83,7 +84,16 @@ def placement_map(findings: Findings, task: str) -> Any | None:
         bar = figure.colorbar(image, ax=axes_of[: len(maps)], fraction=0.04, pad=0.02)
         bar.ax.yaxis.set_major_formatter(lambda value, _: score(shown, value))
         bar.outline.set_visible(False)
+    legend_below(figure, [Patch(label=said, **_frame(said)) for said in (_BEST, _TIED) if said in framed])
     return figure
+
+
+_BEST, _TIED = "best cell of a map", "not told from it by these seeds"
+
+
+def _frame(said: str) -> dict[str, Any]:
+    """How matplotlib is told to draw a frame of a map, around a cell and in the key."""
+    return {"fill": False, "edgecolor": "#d1495b", "linewidth": 2, "linestyle": "-" if said == _BEST else (0, (2, 2))}
 
 
 def _said(shown: Shown, cell: Cell) -> str:

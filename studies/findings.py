@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from hybridzoo.studies.stack import Kind, Stack
 from hybridzoo.studies.stats import Summary, late_gain, pareto_frontier, summarise
 from hybridzoo.studies.study import yaml_word
 from hybridzoo.studies.tasks import Shown
+from hybridzoo.studies.trial import data_mark
 from hybridzoo.studies.tuning import Tuned
 from hybridzoo.training import History
 
@@ -86,6 +87,8 @@ class Findings:
     environments: tuple[dict[str, Any], ...]
     tuned: tuple[Tuned, ...] = ()  # the learning rates that pilots chose
     others: int = 0  # trials that the folder has results of, and the plan no longer
+    data: dict[str, str] = field(default_factory=dict)  # by task, `data_mark` of its data; missing where unknown
+    lacks: tuple[str, ...] = ()  # what a study that was kept without its trials does not tell: predicates of it
 
     def of(self, task: str) -> list[Cell]:
         return list(self.cells[task].values())
@@ -98,7 +101,8 @@ class Findings:
         """The part of the findings that is of one budget."""
         plan = self.plan.at(budget)
         keys = {trial.key for trial in plan.trials}
-        return gather(plan, [result for result in self.results if result["key"] in keys], self.faults)
+        part = gather(plan, [result for result in self.results if result["key"] in keys], self.faults)
+        return replace(part, data=self.data, lacks=self.lacks)
 
     def comparable(self, task: str) -> list[Cell]:
         """The cells of a task, each with those seeds alone that all of them have: pairs, so fit to be compared.
@@ -147,6 +151,7 @@ def gather(plan: Plan, results: Sequence[Mapping[str, Any]], faults: Iterable[st
         missing=tuple(title for key, title in plan.titles(plan.distinct).items() if key not in by_key),
         faults=tuple(faults),
         environments=tuple(environments.values()),
+        data={trial.task: data_mark(trial.fingerprint) for trial in plan.trials},
     )
 
 
@@ -163,10 +168,18 @@ def _cell(stack: Stack, task: str, shown: Shown, runs: Sequence[Mapping[str, Any
     )
 
 
+def weighs_memory(budget: str) -> bool:
+    """Whether stacks of a budget may differ in what a sequence keeps, so that quality can be weighed against it."""
+    return budget != "inference_bytes"
+
+
 def on_frontier(cells: Sequence[Cell], maximise: bool) -> list[Cell]:
-    """Return the cells that no other of their budget beats on both mean score and inference memory, smallest first."""
+    """Return the cells that no other of their budget beats on both mean score and inference memory, smallest first.
+
+    None are of a budget that holds this memory equal: the best there would be a frontier by itself.
+    """
     found: list[Cell] = []
-    for budget in dict.fromkeys(cell.stack.budget for cell in cells):
+    for budget in dict.fromkeys(cell.stack.budget for cell in cells if weighs_memory(cell.stack.budget)):
         mine = [cell for cell in cells if cell.stack.budget == budget]
         costs = [float(cell.stack.state_bytes) for cell in mine]
         found += [mine[i] for i in pareto_frontier(costs, [cell.mean for cell in mine], maximise)]

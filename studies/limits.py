@@ -72,6 +72,8 @@ def limits(findings: Findings) -> list[str]:
 def _rates(findings: Findings) -> list[str]:
     """What learning rates leave open: one for all, or a grid whose edge some stacks chose."""
     tuned = findings.tuned
+    if not tuned and findings.plan.study.get("tune"):
+        return ["Each stack has a learning rate of its own, chosen by pilots; these rates are not here."]
     if not tuned:
         return [
             "All stacks trained with the same learning rate and schedule; each may have a better one of its own, and "

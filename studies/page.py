@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hybridzoo.studies.display import format_count, format_seconds
-from hybridzoo.studies.findings import Cell, Findings
+from hybridzoo.studies.findings import Cell, Findings, weighs_memory
 from hybridzoo.studies.limits import limits
 from hybridzoo.studies.markup import bullets, document, figure, folded, links, listed, section, table_of
 from hybridzoo.studies.sentences import (
@@ -72,7 +72,7 @@ def _of_budget(
         "Where attention stands": drawn("placement"),
         "Mixer against mixer": _pairs(findings, tables),
         "How much is held": drawn("levels") + _by_level(findings, tables),
-        "Quality against memory": drawn("frontier"),
+        "Quality against memory": drawn("frontier") or _not_weighed(findings),
         "Was it trained for long enough?": _training(findings, drawn("learning")),
         "What the gates do": drawn("gates"),
         "What was held equal": _equal(findings, drawn("parameters")),
@@ -121,6 +121,7 @@ def _header(findings: Findings) -> str:
         warnings.append(f"Without a result yet: {missing}. This report shows a part of the study.")
     if findings.faults:
         warnings.append(f"Damaged and not used: {format_count(len(findings.faults), 'result file')}.")
+    warnings += [f"This study {lack}." for lack in findings.lacks]
     banner = f'<p class="warning">{escape(" ".join(warnings))}</p>\n' if warnings else ""
     about = f'<p class="about">{escape(plan.study["about"])}</p>\n' if plan.study["about"] else ""
     return (
@@ -236,6 +237,16 @@ def _figures(pictures: Mapping[str, bytes], tables: Mapping[str, Table], kind: s
     said = caption if len(wanted) == 1 else ""  # of several each names its task itself
     shown = "\n".join(figure(stem, content, said, links(tables, *behind)) for stem, content in wanted.items())
     return shown if said else f"<p>{escape(caption)}</p>\n{shown}"
+
+
+def _not_weighed(findings: Findings) -> str:
+    (budget,) = findings.plan.budgets
+    if weighs_memory(budget):
+        return ""
+    return (
+        "<p>Not drawn: all stacks keep the same at inference, within the tolerance, so there is no memory to weigh "
+        "quality against.</p>"
+    )
 
 
 def _training(findings: Findings, drawn: str) -> str:

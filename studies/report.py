@@ -10,21 +10,36 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from hybridzoo.mixers.schema import SpecError
 from hybridzoo.studies.canvas import image_of
 from hybridzoo.studies.figures import draw_all
 from hybridzoo.studies.findings import Findings, gather
+from hybridzoo.studies.kept import LOOKED_FOR, TABLES, is_kept, read_kept
 from hybridzoo.studies.page import page
 from hybridzoo.studies.results import write_bytes, write_text
-from hybridzoo.studies.runner import TRIALS, other_results, read_plan, read_trials
+from hybridzoo.studies.runner import PLAN, TRIALS, other_results, read_plan, read_trials
 from hybridzoo.studies.style import styled
 from hybridzoo.studies.tuning import read_tuned
 from hybridzoo.studies.verdict_tables import every_table
 
-REPORT, FIGURES, TABLES = "report.html", "figures", "tables"
+REPORT, FIGURES = "report.html", "figures"
+
+
+def holds_study(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a run, or a study that was kept as a file and tables."""
+    return (Path(folder) / PLAN).exists() or is_kept(folder)
 
 
 def read_findings(folder: str | os.PathLike[str]) -> Findings:
-    """Read a run's plan, the rates its pilots chose, and what results there are; `SpecError` where there is no run."""
+    """Read a run's plan, the rates its pilots chose, and what results there are; or a study that was kept as a file and
+    tables (kept.py).
+
+    Raises: `SpecError` where there is neither, or where a kept study cannot be read.
+    """
+    if is_kept(folder):
+        return read_kept(folder)
+    if not holds_study(folder):
+        raise SpecError(f"{folder}: no {PLAN} here, as a run has, and no {LOOKED_FOR}, as a kept study has")
     plan = read_plan(folder)
     results, faults = read_trials(folder, plan)
     found = gather(plan, results, faults)
@@ -36,11 +51,17 @@ def write_report(folder: str | os.PathLike[str], findings: Findings | None = Non
 
     Results that are missing, failed or damaged are named in the report, which shows the rest. Pictures and tables of an
     earlier report in the same folder are replaced, and those that no longer apply are removed. `findings` are those of
-    the folder, for who has read them already.
+    the folder, for who has read them already, or of another: the report of a kept study needs a folder of its own.
 
-    Raises: `SpecError` where the folder holds no run; `ModuleNotFoundError` without matplotlib (the extra `study`).
+    Raises: `SpecError` where the folder holds no run, or a kept study, whose tables would be written over;
+    `ModuleNotFoundError` without matplotlib (the extra `study`).
     """
     root = Path(folder)
+    if is_kept(root):
+        raise SpecError(
+            f"{root}: holds a study that was kept without its trials, and a report would replace the tables that it is "
+            "read from; give the report another folder (--out)"
+        )
     findings = read_findings(root) if findings is None else findings
     with styled():
         figures = draw_all(findings)

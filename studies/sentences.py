@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from hybridzoo.studies.comparisons import SEEDS
-from hybridzoo.studies.findings import Cell, Findings, families, on_frontier
+from hybridzoo.studies.findings import Cell, Findings, families, on_frontier, weighs_memory
 from hybridzoo.studies.optimum import Optimum
 from hybridzoo.studies.solve import BUDGET_WORDS
 from hybridzoo.studies.stats import late_windows, spread
@@ -82,7 +82,7 @@ def headline(findings: Findings, task: str, ratios: bool = True) -> list[str]:
     for name, curve in families(ranked).items() if ratios else ():
         said += _ratio(shown, name, curve)
     said += [order_sentence(order) for order in hybrid_orders(findings, task)]
-    if len(ranked) > 1:
+    if len(ranked) > 1 and weighs_memory(best.stack.budget):
         said.append(_frontier(shown, ranked))
     if guessing:
         said.append(f"Under {GUESSES} times guessing ({guess}): {joined(guessing)}.")
@@ -323,8 +323,8 @@ def training_notes(findings: Findings, task: str) -> list[str]:
         return []
     if any(len(cell.curve(shown.metric)[0]) < 2 for cell in cells):
         return [
-            f"On {task} no learning curve was recorded (train.eval_every), so nothing here says whether training was "
-            "long enough."
+            f"On {task} there is no learning curve (train.eval_every gives one), so nothing here says whether training "
+            "was long enough."
         ]
     cells = [cell for cell in cells if not near_guessing(shown, cell)]  # what moves there is noise
     if not cells:

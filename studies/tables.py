@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from hybridzoo.studies.findings import Cell, Findings, on_frontier
+from hybridzoo.studies.findings import Cell, Findings, on_frontier, weighs_memory
+from hybridzoo.studies.results import SHORT_KEY
 from hybridzoo.training import History
 
 Value: TypeAlias = str | int | float | bool | None
@@ -68,12 +69,13 @@ def stack_table(findings: Findings) -> Table:
                 ),
                 *(stack.state_bytes, stack.kv_bytes, shown.metric),
             )
-            scores = _scores(cell, shown.metric, shown.maximise, stack in best)
+            beaten_by_none = stack in best if weighs_memory(stack.budget) else None
+            scores = _scores(cell, shown.metric, shown.maximise, beaten_by_none)
             rows.append((*costs, *scores, stack.solved))
     return Table("Stacks: what each costs and how it scored", columns, tuple(rows))
 
 
-def _scores(cell: Cell | None, metric: str, maximise: bool, best: bool) -> tuple[Value, ...]:
+def _scores(cell: Cell | None, metric: str, maximise: bool, best: bool | None) -> tuple[Value, ...]:
     if cell is None:
         return (0, *[None] * 8)
     summary = cell.summary
@@ -87,7 +89,7 @@ def trial_table(findings: Findings) -> Table:
     """A row for each planned trial, whatever became of it."""
     columns = (
         *("budget", "task", "stack", "seed", "status", "metric", "score", "seconds", "tokens_per_second", "error"),
-        "key",
+        *("key", "data", "code"),
     )
     results = {result["key"]: result for result in findings.results}
     rows: list[tuple[Value, ...]] = []
@@ -101,7 +103,7 @@ def trial_table(findings: Findings) -> Table:
                 result.get("seconds"),
                 History.from_dict(result["history"]).tokens_per_second if result.get("history") else None,
                 result.get("error", ""),
-                trial.key,
+                *(trial.key, findings.data.get(trial.task), trial.code[:SHORT_KEY]),
             )
         )
     return Table("Trials: every one that was planned", columns, tuple(rows))

@@ -76,6 +76,11 @@ class Trial:
         return f"{self.stack} · {self.task} · seed {self.seed}"
 
 
+def data_mark(fingerprint: Mapping[str, Any]) -> str:
+    """Return a short hash of what decides a task's data: where two are equal, seeds draw the same batches."""
+    return content_key(fingerprint)[:SHORT_KEY]
+
+
 def _on_any_device(train: Mapping[str, Any]) -> dict[str, Any]:
     """The training words without the number of a GPU."""
     return {name: value.partition(":")[0] if name == "device" else value for name, value in train.items()}

@@ -1,6 +1,7 @@
 """`hybridzoo study run`: which folders it takes, and what it says of trials that fail."""
 
 import json
+import shutil
 
 import pytest
 
@@ -180,6 +181,35 @@ def test_two_studies_are_set_side_by_side_on_the_terminal_as_data_and_as_a_page(
     result = run("study", "compare", "runs/x", "runs/none", ok=False)
     assert result.exit_code == 2
     assert "runs/none: no study.json here" in result.stderr
+
+
+def test_a_study_that_was_kept_is_compared_and_reported_elsewhere(run, study):
+    run("study", "run", study, "--processes", "0", "--out", "runs/x")
+    kept = study.parent / "kept"
+    shutil.copytree(study.parent / "runs" / "x" / "tables", kept / "tables")
+    shutil.copy(study, kept)
+    shown = run("study", "compare", "kept", "runs/x")
+    assert "The first study was kept as study.yaml and tables" in shown.stderr
+    assert shown.stdout.endswith("page: kept-and-x.html\n")
+    assert {
+        pair["difference"] for pair in json.loads(run("study", "compare", "kept", "runs/x", "--json").stdout)["pairs"]
+    } == {0}
+    assert run("study", "report", "kept", "--out", "again").stdout == "again/report.html\n"
+    for words, said in (
+        (("kept",), "kept: holds a study that was kept without its trials, and a report would replace"),
+        (("kept", "--out", "runs/x"), "runs/x: holds a study, whose report would be replaced"),
+        (("none",), "none: no study.json here, as a run has, and no study.yaml beside tables/trials.csv"),
+    ):
+        result = run("study", "report", *words, ok=False)
+        assert result.exit_code == 2
+        assert said in result.stderr
+
+
+def test_a_label_keeps_its_words_in_a_narrow_table(run, study):
+    study.write_text(study.read_text().replace("recurrent:", "recurrent-with-a-name-of-30-ch:"))
+    run("study", "run", study, "--processes", "0", "--out", "runs/x")
+    shown = run("study", "compare", "runs/x", "runs/x").stdout
+    assert "recurrent-with-a-name-of-30-ch" in shown
 
 
 def test_a_dry_run_lists_every_trial_with_its_cost_and_trains_none(run, study):

@@ -21,6 +21,7 @@ from hybridzoo.studies.findings import families, on_frontier
 from hybridzoo.studies.limits import limits
 from hybridzoo.studies.plan import Plan
 from hybridzoo.studies.runner import preview_study
+from hybridzoo.studies.solve import BUDGET_WORDS
 
 ALL = {"params": "largest", "train_flops": "largest", "inference_bytes": "smallest"}
 
@@ -295,7 +296,25 @@ def test_a_report_has_sections_and_pictures_for_each_budget(folder):
     assert "3 stacks, 3 budgets, 1 task, 1 seed" in page
     stems = {path.stem for path in (folder / "figures").iterdir()}
     for budget in read_findings(folder).plan.budgets:
-        assert {f"{budget}--ratio", f"{budget}--frontier", f"{budget}--parameters"} <= stems
+        assert {f"{budget}--ratio", f"{budget}--parameters"} <= stems
+
+
+def test_quality_is_not_weighed_against_a_memory_that_is_held_equal(folder):
+    findings = read_findings(folder)
+    drawn = {path.stem.removesuffix("--frontier") for path in (folder / "figures").glob("*--frontier.*")}
+    assert drawn == {"params", "train_flops"}
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    starts = [text.index(f"<h2>Quality against memory (equal {words})</h2>") for words in BUDGET_WORDS.values()]
+    sections = [text[start : text.index("</section>", start)] for start in starts]
+    said = "Not drawn: all stacks keep the same at inference, within the tolerance, so there is no memory to weigh"
+    assert [said in section for section in sections] == [False, False, True]
+    assert ["<img" in section for section in sections] == [True, True, False]
+    with open(folder / "tables" / "stacks.csv", encoding="utf-8", newline="") as file:
+        column = {(row["budget"], row["on_frontier"]) for row in csv.DictReader(file)}
+    assert ("inference_bytes", "") in column
+    assert {budget for budget, value in column if value == "True"} == {"params", "train_flops"}
+    assert len([budget for budget, _ in column if budget == "inference_bytes"]) == 1
+    assert not on_frontier(findings.at("inference_bytes").of("recall"), True)
 
 
 @pytest.fixture

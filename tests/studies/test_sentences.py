@@ -104,7 +104,7 @@ def test_without_points_on_the_way_nothing_is_said_to_be_trained_enough(make_res
     for result in results:
         del result["history"]["evaluations"][:-1]
     (note,) = training_notes(gather(plan, results), "recall")
-    assert note.startswith("On recall no learning curve was recorded (train.eval_every)")
+    assert note.startswith("On recall there is no learning curve (train.eval_every gives one)")
 
 
 def test_a_stack_that_still_learns_is_named(make_results):

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 from made_up_study import FAMILIES, made_up
+from matplotlib.patches import Rectangle
 
 from hybridzoo.studies import CorruptResultError, gather, read_findings
+from hybridzoo.studies.canvas import image_of
 from hybridzoo.studies.figures import draw_all
-from hybridzoo.studies.figures_inside import half_life
+from hybridzoo.studies.figures_inside import half_life, placement_map
 from hybridzoo.studies.limits import limits
 from hybridzoo.studies.page import page
 from hybridzoo.studies.results import write_json
@@ -249,7 +251,9 @@ def test_every_budget_has_every_picture_and_the_ratio_is_drawn_of_all(pictures):
     kinds = ["ratio", "placement-recall", "placement-text", "frontier", "learning-recall", "learning-text"]
     kinds += ["gates-recall", "gates-text", "parameters"]
     expected = [f"between--{task}" for task in findings.plan.shown]
-    assert list(figures) == [*expected, *(f"{budget}--{kind}" for budget in BUDGETS for kind in kinds)]
+    expected += [f"{budget}--{kind}" for budget in BUDGETS for kind in kinds]
+    expected.remove("inference_bytes--frontier")  # all stacks keep the same there
+    assert list(figures) == expected
     assert all(len(figures[f"between--{task}"].axes) == 4 for task in findings.plan.shown)  # each with its optima
 
 
@@ -276,6 +280,35 @@ def test_a_map_says_every_mean_and_frames_the_best(pictures):
         columns = sorted({share for _, share in grid})
         assert len(solid) == 1
         assert round(solid[0].get_x() + 0.47) == columns.index(best.stack.attention)
+
+
+def test_only_where_memory_may_differ_a_frontier_is_told():
+    findings = findings_of(families=("carve",), budgets=BUDGETS)
+    said = {budget: " ".join(headline(findings.at(budget), "recall")) for budget in BUDGETS}
+    assert "on the frontier" in said["params"]
+    assert "frontier" not in said["inference_bytes"]
+
+
+def test_the_frames_of_a_map_are_explained_in_the_picture(pictures):
+    _, figures = pictures
+    for stem in (stem for stem in figures if "--placement-" in stem):
+        (legend,) = figures[stem].legends
+        frames = [box for axes in figures[stem].axes for box in axes.patches if isinstance(box, Rectangle)]
+        keys = dict(zip([text.get_text() for text in legend.get_texts()], legend.get_patches(), strict=True))
+        assert {key.get_edgecolor() for key in keys.values()} == {box.get_edgecolor() for box in frames}
+        dashed = [box for box in frames if box.get_linestyle() not in ("-", "solid")]
+        assert list(keys) == ["best cell of a map", *(["not told from it by these seeds"] if dashed else [])]
+        assert b'id="legend_1"' in image_of(figures[stem], "svg")
+
+
+def test_a_map_without_ties_has_no_key_for_them():
+    def apart(task, family, ratio, place, budget):
+        return rising(task, family, ratio, place, budget) + 0.1 * (place == "first")
+
+    findings = findings_of(apart, families=("carve",), places=("first", "even"), noise=1e-5)
+    with styled():
+        (legend,) = placement_map(findings, "recall").legends
+    assert [text.get_text() for text in legend.get_texts()] == ["best cell of a map"]
 
 
 def test_a_stack_looks_like_its_curve_and_like_no_other_stack():
@@ -311,6 +344,8 @@ def test_limits_name_flat_curves_edges_and_rates_at_the_edge_of_their_grid(tmp_p
     assert "A grid of so few rates is all edges" in " ".join(limits(read_findings(tmp_path)))
     row["scores"]["0.001"] = 0.4
     write_json(tmp_path / "tuned.json", [{**row, "edge": True}, {**row, "stack": "attention", "edge": False}])
+    tuning = replace(plan, study={**plan.study, "tune": {"lr": [0.003, 0.01], "seeds": [0]}})
+    assert "these rates are not here" in " ".join(limits(gather(tuning, [])))
     tuned = " ".join(limits(read_findings(tmp_path)))
     assert "the best of 3 learning rates, 0.001 to 0.01" in tuned
     assert "Of 2 choices 1 lie at the edge of that grid" in tuned
