@@ -193,7 +193,7 @@ class HybridCache:
         return self._map(lambda x: x.index_select(0, chosen.tensor), lengths, self.device)
 
     def put(self, rows: Sequence[int] | Tensor, other: HybridCache) -> None:
-        """Write the rows of `other`, a cache of the same model, over `rows` of this one.
+        """Write the rows of `other`, a cache of the same model or this one itself, over `rows` of this one.
 
         Raises: `ValueError` for another model or number of rows, `TypeError` for another dtype, `IndexError` for a row
         that is not there; nothing has been written then.
@@ -207,6 +207,8 @@ class HybridCache:
         if other.dtype != self.dtype:
             raise TypeError(f"the other cache is in {other.dtype}, this one in {self.dtype}")
         other.check_rows()
+        if other is self:
+            other = self.clone()  # else a row may be written before it is read
         self.reserve(max(other.lengths, default=0))
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             for part, source in zip(layer, theirs, strict=True):

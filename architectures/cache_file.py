@@ -6,19 +6,23 @@ Shapes: N rows.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hybridzoo.architectures.cache import HybridCache
+from hybridzoo.mixers.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
 
 VERSION = "1"
+HEADER = ("version", "stack", "weights", "dtype", "lengths")
 SAMPLED = 64  # values of each parameter that tell one model's weights from another's
 
 
@@ -32,13 +36,21 @@ def weights_digest(model: HybridLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def _safetensors(part: str = "") -> Any:
+    try:
+        return importlib.import_module(f"safetensors.{part}".rstrip("."))
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a cache's file needs the package safetensors, which is not installed: pip install safetensors"
+        ) from error
+
+
 def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
     """Write `cache` of `model`, room that is not taken left out. The file replaces another only when it is whole.
 
     Raises: as `HybridCache.check` does for another model's cache, and `RuntimeError` for one with rows that are lost.
     """
-    from safetensors.torch import save_file
-
+    save_file = _safetensors("torch").save_file
     cache.check(model, len(cache), cache.device)
     cache.check_rows()
     header = {
@@ -50,6 +62,8 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
         "lengths": json.dumps(cache.lengths),
     }
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     half = path.with_name(f".{path.name}.tmp")
     save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
     os.replace(half, path)
@@ -61,18 +75,19 @@ def load_cache(path: str | Path, model: HybridLM) -> HybridCache:
     Raises: `ValueError` that names the file where it is cut short, no cache, of another version, stack or weights, or
     without what it should hold; `TypeError` where the model is in another dtype; `FileNotFoundError`.
     """
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors()
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: " + ("a folder, not a file" if Path(path).is_dir() else "no such file"))
     try:
-        with safe_open(str(path), "pt") as file:
+        with safetensors.safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: cut short, or not safetensors ({error})") from None
     if header.get("format") != "hybridzoo cache":
         raise ValueError(f"{path}: not a cache: HybridCache.save writes one")
+    if missing := [name for name in HEADER if name not in header]:
+        raise ValueError(f"{path}: a cache whose header has no {missing[0]!r}")
     if header["version"] != VERSION:
         raise ValueError(
             f"{path}: a cache of version {header['version']}; this is version {VERSION}, which reads its own"
@@ -87,12 +102,25 @@ def load_cache(path: str | Path, model: HybridLM) -> HybridCache:
         raise TypeError(f"{path}: a cache in {header['dtype']}, but the model is in {held}")
     if header["weights"] != weights_digest(model):
         raise ValueError(f"{path}: the cache of another model: of the same stack with other weights")
-    lengths: list[int] = json.loads(header["lengths"])
+    lengths = _lengths(header["lengths"], path)
     cache = model.init_cache(len(lengths))
     cache.reserve(max(lengths, default=0))
     cache.advance(lengths)
     _fill(cache, tensors, path)
     return cache
+
+
+def _lengths(text: str, path: str | Path) -> list[int]:
+    """The tokens that each row has seen, as the header has them."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    whole = isinstance(found, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found)
+    if not whole:
+        raise ValueError(f"{path}: lengths must be a list of whole numbers, none below 0, is {text[:80]}")
+    lengths: list[int] = found
+    return lengths
 
 
 def _fill(cache: HybridCache, tensors: dict[str, Tensor], path: str | Path) -> None:
@@ -104,7 +132,12 @@ def _fill(cache: HybridCache, tensors: dict[str, Tensor], path: str | Path) -> N
         source = tensors[name]
         if target.shape != source.shape or target.dtype != source.dtype:
             raise ValueError(f"{path}: '{name}' must be {_kind(target)}, is {_kind(source)}")
+        if source.is_floating_point() and bool(torch.isnan(source).any()):
+            raise ValueError(f"{path}: '{name}' holds values that are no numbers (NaN)")
         target.copy_(source)
+    for part in (part for layer in cache.layers for part in layer if isinstance(part, KVCache)):
+        if part.length.tolist() != cache.lengths:
+            raise ValueError(f"{path}: the header's lengths are {cache.lengths}, a layer's {part.length.tolist()}")
 
 
 def _kind(x: Tensor) -> str:

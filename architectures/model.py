@@ -136,6 +136,9 @@ class HybridLM(nn.Module):
         while the blocks run leaves it so too, but for a step of one token on a GPU, which is written as it is computed:
         its rows are then lost (`HybridCache.lost`).
         """
+        if labels is not None:
+            self._check_ids(ids)
+            self._check_labels(labels, ids)  # before a cache is written
         if isinstance(state, HybridCache):
             state.check_rows()
             with torch.no_grad(), _given_up_on_errors(state):
@@ -340,14 +343,18 @@ class HybridLM(nn.Module):
         if longest > limit:
             raise ValueError(f"a sequence of {longest} tokens is longer than the spec's max_context {limit}")
 
-    def _loss(self, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _check_labels(self, labels: Tensor, ids: Tensor) -> None:
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels must be a tensor [B, T], got {type(labels).__name__}")
         if labels.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
-        if labels.shape != logits.shape[:2]:
-            raise ValueError(f"labels must have the shape of ids {list(logits.shape[:2])}, got {list(labels.shape)}")
+        if labels.shape != ids.shape:
+            raise ValueError(f"labels must have the shape of ids {list(ids.shape)}, got {list(labels.shape)}")
+        if labels.device != ids.device:
+            raise ValueError(f"labels are on {labels.device}, ids on {ids.device}")
         self._check_range(labels, "labels", IGNORED)
+
+    def _loss(self, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         # Position t is asked for label t+1; the last of a row, and of a packed sequence, for none.
         targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
         if cu_seqlens is not None:

@@ -21,7 +21,9 @@ from hybridzoo.mixers.parts import RMSNorm, ShortConvolution, count_sequences, l
 from hybridzoo.mixers.registry import register_mixer
 from hybridzoo.mixers.rope import Rope, RopeScaling, Turn, turn_to, turned
 from hybridzoo.mixers.schema import SpecError
-from hybridzoo.mixers.softmax import AttentionBackend, SoftmaxRule, append_packed, attend, attend_packed
+from hybridzoo.mixers.softmax import BACKENDS, AttentionBackend, SoftmaxRule, append_packed, attend, attend_packed
+
+MOST_TOKENS = 2**31 - 1  # what a position is counted in
 
 
 class AttentionState(NamedTuple):
@@ -77,6 +79,11 @@ class AttentionConfig(MixerConfig):
         if self.conv_size < 0:
             raise SpecError(f".conv_size: must be 0 (none) or more, got {self.conv_size}")
         require_above_zero(self, "rope_base", "softcap", "norm_eps")
+        if self.window is not None and self.window > MOST_TOKENS:
+            raise SpecError(f".window: must be at most {MOST_TOKENS:,}, got {self.window:,}; null is all tokens")
+        if self.softcap is not None and self.backend != "auto" and not BACKENDS[self.backend].caps:
+            able = ", ".join(name for name, backend in BACKENDS.items() if backend.caps)
+            raise SpecError(f".backend: {self.backend!r} has no soft-cap (softcap is {self.softcap}); with one: {able}")
         self._check_scaling()
 
     def _check_scaling(self) -> None:

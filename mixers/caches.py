@@ -188,6 +188,8 @@ def rows_of(rows: Sequence[int] | Tensor, n: int, device: torch.device) -> Rows:
 
     Raises `TypeError` for anything but whole numbers, `IndexError` for a row outside 0 to n - 1.
     """
+    if isinstance(rows, int):
+        raise TypeError(f"rows must be a list of whole numbers, got {rows}: [{rows}] is one row")
     found = rows.tolist() if isinstance(rows, Tensor) else list(rows)
     for row in found:
         if not isinstance(row, int) or isinstance(row, bool):

@@ -21,6 +21,8 @@ from hybridzoo.kernels.packing import locate
 from hybridzoo.mixers.caches import Copies, Rows, StateCache, capturing
 from hybridzoo.mixers.memory import host_counts
 from hybridzoo.mixers.softmax import SoftmaxRule
+from hybridzoo.mixers.softmax.backends import choose
+from hybridzoo.mixers.softmax.rule import call_of
 
 Made = TypeVar("Made")
 
@@ -144,7 +146,11 @@ class KVCache(StateCache):
         A query a row leaves little to choose: where Triton runs a kernel of its own, elsewhere and for `reference` two
         products of matrices, whatever else `rule.backend` says; sums, scores and softmax are float32. Reads nothing on
         the host, so that it can stand in a CUDA graph.
+
+        Raises: `ValueError` where the rule's backend could not run longer calls either.
         """
+        if rule.backend != "auto":
+            choose(call_of(q, k, v, rule, cached=True), rule.backend)
         if self.reserve(self.longest + 1) and capturing():
             raise RuntimeError("a cache cannot grow inside a CUDA graph: reserve room for the token before")
         row, slot = self.once(("places", self.window), self._places)

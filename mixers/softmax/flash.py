@@ -48,7 +48,7 @@ def refusal_4(call: Call) -> str | None:
         return "cannot be traced by a compiler, as its functions are no operators of torch"
     major = capability(call.number)
     if major not in (9, 10, 11):
-        return f"needs a GPU of compute capability 9, 10 or 11 for gradients, got {major}"
+        return f"needs a GPU of compute capability 9, 10 or 11, got {major}"
     if major >= 10 and not (call.head_dim <= 128 or call.head_dim == 256):
         return f"takes head sizes up to 128, and 256, on this GPU, got {call.head_dim}"
     return _gradient_refusal_4(call, major) if call.gradient else None

@@ -131,8 +131,18 @@ def _run(q: Tensor, k: Tensor, v: Tensor, rule: SoftmaxRule, blocks: Any) -> Ten
     if torch.compiler.is_compiling():
         y: Tensor = flex_attention(q, k, v, score_mod=score, block_mask=blocks, **options)
     else:
-        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
-            y = compiled()(q, k, v, score_mod=score, block_mask=blocks, **options)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+                y = compiled()(q, k, v, score_mod=score, block_mask=blocks, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if q.is_cuda:
+                raise
+            # The C++ that torch makes does not always compile, and the compiler's words are 100 KB.
+            said = str(error).strip().partition("\n")[0][:200]
+            raise RuntimeError(
+                f"backend='flex': torch {torch.__version__} makes no kernel of this call for a CPU ({said}): use "
+                "backend='sdpa'"
+            ) from None
     return y.transpose(1, 2)
 
 

@@ -51,7 +51,7 @@ class Backend(NamedTuple):
     `refusal(call)` is why it cannot, as the rest of a sentence that begins with its name, or None. `attend` and
     `attend_packed` are what `hybridzoo.mixers.softmax` documents under these names. `packages`: distributions whose
     versions say which code runs. `masks_empty_slots`: whether `attend` leaves out the empty slots of a cache; where it
-    does not, rows behind one go through `attend_packed`, which has none.
+    does not, rows behind one go through `attend_packed`, which has none. `caps`: whether it has a soft-cap.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Backend(NamedTuple):
     attend: Attend
     attend_packed: AttendPacked
     masks_empty_slots: bool = True
+    caps: bool = True
 
 
 def call_of(

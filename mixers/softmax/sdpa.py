@@ -47,4 +47,5 @@ SDPA = Backend(
     refusal,
     dense_attend(products),
     dense_attend_packed(products),
+    caps=False,
 )

@@ -98,4 +98,5 @@ XFORMERS = Backend(
     attend,
     attend_packed,
     masks_empty_slots=False,
+    caps=False,
 )

@@ -201,6 +201,17 @@ def test_rows_are_cloned_selected_put_and_reset() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layers", ["a", "c c+w a"])  # a cache whose first part is copied as it is written, and not
+def test_a_cache_is_put_into_itself(layers: str) -> None:
+    model, ids = small_model(layers=layers), random_ids(11, 2, 12)
+    cache = model.init_cache(2)
+    model(ids[:, :6], state=cache)
+    cache.put([1, 0], cache)
+    whole = model(ids).logits
+    torch.testing.assert_close(model(ids[[1, 0], 6:], state=cache).logits, whole[[1, 0], 6:])
+
+
+@torch.no_grad()
 def test_a_saved_cache_goes_on_where_it_stopped(tmp_path: Path) -> None:
     model, ids = small_model(), random_ids(11, 2, 12)
     cache = model.init_cache(2)
@@ -252,15 +263,26 @@ def test_a_file_of_another_model_version_dtype_or_kind_is_refused(tmp_path: Path
         ({}, {name: x for name, x in tensors.items() if name != first}, f"as '{first}'"),
         ({}, tensors | {first: tensors[first][..., :1].contiguous()}, f"'{first}' must be float64"),
         ({"lengths": json.dumps([4, 4])}, tensors, "must be"),
+        ({"lengths": json.dumps([-4])}, tensors, r"lengths must be a list of whole numbers, none below 0, is \[-4\]"),
+        ({"lengths": "four"}, tensors, "lengths must be a list of whole numbers, none below 0, is four"),
+        ({}, tensors | {"2.0.length": torch.tensor([3], dtype=torch.int32)}, r"lengths are \[4\], a layer's \[3\]"),
+        ({}, tensors | {first: torch.full_like(tensors[first], float("nan"))}, f"'{first}' holds values that are no"),
     ):
         save_file(held, str(path), header | changed)
         with pytest.raises(ValueError, match=says):
             HybridCache.load(path, model)
+    save_file(tensors, str(path), {name: text for name, text in header.items() if name != "version"})
+    with pytest.raises(ValueError, match=r"c.safetensors: a cache whose header has no 'version'"):
+        HybridCache.load(path, model)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="cut short, or not safetensors"):
         HybridCache.load(path, model)
     with pytest.raises(FileNotFoundError, match="no such file"):
         HybridCache.load(tmp_path / "none", model)
+    with pytest.raises(FileNotFoundError, match="a folder, not a file"):
+        HybridCache.load(tmp_path, model)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        cache.save(tmp_path / "none" / "c", model)
     with pytest.raises(ValueError, match="the cache is another model's"):
         cache.save(path, small_model(layers="c a"))
 
@@ -305,7 +327,39 @@ def test_a_bad_call_is_refused_and_leaves_the_cache_as_it_was() -> None:
             cache.put(rows, source)
     with pytest.raises(IndexError, match="row 5"):
         cache.select([5])
+    with pytest.raises(TypeError, match=r"got 1: \[1\] is one row"):
+        cache.select(1)  # type: ignore[arg-type]
     assert_unchanged(cache, before, [6, 6])
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "says"),
+    [
+        (torch.tensor([[1, 2], [3, 11]]), ValueError, "labels must lie in 0 to 10"),
+        (torch.tensor([[1], [2]]), ValueError, r"labels must have the shape of ids \[2, 2\], got \[2, 1\]"),
+        (torch.ones(2, 2), TypeError, "labels must be int32 or int64"),
+        ([[1, 2], [3, 4]], TypeError, "labels must be a tensor"),
+        (torch.ones(2, 2, dtype=torch.int64, device="meta"), ValueError, "labels are on meta, ids on cpu"),
+    ],
+)
+def test_bad_labels_are_refused_before_a_cache_is_written(labels: Any, error: type[Exception], says: str) -> None:
+    model, ids = small_model(), random_ids(11, 2, 6)
+    cache = model.init_cache(2)
+    model(ids, state=cache)
+    before = copies(cache)
+    with pytest.raises(error, match=says):
+        model(ids[:, :2], labels=labels, state=cache)
+    assert_unchanged(cache, before, [6, 6])
+
+
+def test_a_backend_that_is_asked_for_and_cannot_is_refused_for_one_token_too() -> None:
+    model = small_model(mixers={"a": {"type": "attention", "n_heads": 2, "backend": "xformers"}}, layers="a")
+    cache = model.init_cache(2)
+    before = copies(cache)
+    for length in (1, 2):
+        with pytest.raises(ValueError, match="backend='xformers' needs"):
+            model(random_ids(11, 2, length), state=cache)
+        assert_unchanged(cache, before, [0, 0])
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -217,6 +217,11 @@ def test_costs_count_the_pairs_that_are_seen(window: int | None, context: int) -
         ({"head_dim": 3}, r"head_dim: rope .* got 3"),
         ({"window": 0}, r"window: must be at least 1, got 0"),
         ({"softcap": 0.0}, r"softcap: must be a finite number above 0"),
+        (
+            {"softcap": 3.0, "backend": "sdpa"},
+            r"backend: 'sdpa' has no soft-cap \(softcap is 3.0\); with one: flash, flex",
+        ),
+        ({"window": 10**30}, r"window: must be at most 2,147,483,647, got 1,000,000,000"),
         ({"conv_size": -1}, r"conv_size: must be 0"),
         ({"backend": "flsh"}, r"backend: 'flsh' is not one of auto, .* \(did you mean 'flash'\?\)"),
         ({"qk_norm": "rms"}, r"qk_norm: 'rms' is not one of .*did you mean 'rmsnorm'"),

@@ -483,3 +483,19 @@ def test_what_was_found_is_said_of_every_backend() -> None:
     assert rows["reference"].training is rows["reference"].inference is None
     assert rows["sdpa"].versions["torch"] == version("torch")  # `__version__` may name a build as well
     assert set(chosen().values()) <= {row.name for row in rows.values() if row.inference is None}
+
+
+def test_a_kernel_that_torch_cannot_make_for_a_cpu_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch._dynamo.exc.TorchDynamoException(
+            "C++ compile error\n" + 5000 * "error: not declared in this scope\n"
+        )
+
+    monkeypatch.setattr(flex, "compiled", lambda: broken)
+    monkeypatch.setattr(flex, "_compiler_refusal", lambda: None)
+    x = torch.zeros(1, 4, 2, 16)
+    with pytest.raises(
+        RuntimeError, match=r"backend='flex': torch .* \(C\+\+ compile error\): use backend='sdpa'"
+    ) as told:
+        attend(x, x, x, SoftmaxRule(1.0, backend="flex"))
+    assert len(str(told.value)) < 400
