@@ -96,7 +96,7 @@ class Decoder:
         if not logits.is_cuda:
             alive = logits[self._live]
             if not bool(torch.isfinite(alive).all()):
-                raise ValueError(f"{not_finite(self.model)}; the cache is as it was")
+                raise ValueError(not_finite(self.model))
         self.cache.commit(self._live)
         return logits
 

@@ -1,8 +1,9 @@
 """Continuing prompts: one prefill, then one token at a time for all of them together.
 
 Prompts of different lengths are laid end to end in one row and prefilled with `cu_seqlens` into a cache of one row a
-prompt, which is then decoded as a batch; those of one length are a batch from the start. No padding enters a state, so
-a prompt's continuation does not depend on the company it is in.
+prompt, which is then decoded as a batch; those of one length are a batch from the start. No padding enters a state, and
+with a seed each prompt draws from a generator of its own, so a prompt's continuation does not depend on the company it
+is in: greedy or seeded, which then depends on its place among the prompts too.
 
 Shapes: N prompts, V vocabulary.
 """
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.decoding import Decoder
-from hybridzoo.architectures.prompts import Padding, as_prompts, pack
+from hybridzoo.architectures.prompts import Padding, as_prompts, of_array, pack
 from hybridzoo.architectures.sampling import Decode, Ending, Picker, Sampling
+from hybridzoo.architectures.words import whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:
@@ -54,8 +56,9 @@ def generate(
     """Return each prompt with up to `max_new_tokens` tokens after it.
 
     ids: `[N, T]` for prompts of one length; the same padded on the side `padding` says, with `lengths [N]`; or a list
-        of prompts, each a 1-D tensor or a list of integers.
-    temperature, top_k, top_p, min_p, seed: as in `Sampling`; temperature 0 takes the likeliest token.
+        of prompts, each a 1-D tensor or a list of integers. A numpy array stands for a tensor.
+    temperature, top_k, top_p, min_p, seed: as in `Sampling`; temperature 0 takes the likeliest token. What a prompt
+        draws by a seed depends on its place, but on no other prompt; the first draws what it would alone.
     eos, stop, decode: as in `Ending`; what ends a prompt's continuation is part of it.
     on_tokens: is called with the new tokens `[N]` of each step, as soon as they are chosen, to show or to stop (by
         raising). A prompt that has ended repeats its `eos`, or its last token.
@@ -63,14 +66,16 @@ def generate(
     Returns: for `[N, T]` without lengths a tensor `[N, T + n]`, in which rows that ended early are filled with `eos`;
     otherwise a list of N one-dimensional tensors, each ending where it ended.
 
-    Raises: `TypeError` for ids that are not integers, `ValueError` for an empty prompt, ids out of range, a wrong
-    shape, more tokens than the spec's `max_context`, sampling words out of range, and logits that are not finite.
+    Raises: `TypeError` for ids that are not integers and words of another kind, `ValueError` for an empty prompt, ids
+    out of range, a wrong shape, more tokens than the spec's `max_context`, words out of range, and logits that are not
+    finite.
     """
+    ids = of_array(ids)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    ending = Ending.of(eos, stop, decode)
-    prompts = _checked(model, ids, max_new_tokens, lengths, padding, ending)
+    ending = Ending(eos=eos, stop=stop, decode=decode)
+    prompts, count = _checked(model, ids, max_new_tokens, lengths, padding, ending)
     steps = []
-    for step in _steps(model, prompts, max_new_tokens, sampling, ending, None, shown=on_tokens is not None):
+    for step in _steps(model, prompts, count, sampling, ending, None, shown=on_tokens is not None):
         if on_tokens is not None:
             on_tokens(step.tokens)
         steps.append(step)
@@ -81,7 +86,7 @@ def generate(
         counts = new.sum(1).tolist()
         rows = [torch.cat([prompt, row[:n]]) for prompt, row, n in zip(prompts, tokens, counts, strict=True)]
     if isinstance(ids, Tensor) and lengths is None:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if eos is None else eos)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=ending.eos or 0)
     return rows
 
 
@@ -102,9 +107,9 @@ def stream(
 
     Raises: as `generate`, for what is given at once and not at the first step.
     """
-    ending = ending or Ending()
-    prompts = _checked(model, ids, max_new_tokens, lengths, padding, ending)
-    return _steps(model, prompts, max_new_tokens, sampling or Sampling(), ending, graph, shown=True)
+    drawing, end = Sampling.of(sampling), Ending.of(ending)
+    prompts, count = _checked(model, of_array(ids), max_new_tokens, lengths, padding, end)
+    return _steps(model, prompts, count, drawing, end, graph, shown=True)
 
 
 def refuse_unfinished(model: HybridLM, tokens: Tensor) -> list[int]:
@@ -124,13 +129,12 @@ def _checked(
     lengths: Tensor | Sequence[int] | None,
     padding: Padding,
     ending: Ending,
-) -> list[Tensor]:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be a whole number, at least 0, got {max_new_tokens!r}")
+) -> tuple[list[Tensor], int]:
+    count = whole("max_new_tokens", max_new_tokens, 0)
     ending.check(model.spec.vocab_size)
     prompts = as_prompts(ids, lengths, padding, model.spec.vocab_size, model.embedding.weight.device)
-    check_room(model, max(len(prompt) for prompt in prompts), max_new_tokens)
-    return prompts
+    check_room(model, max(len(prompt) for prompt in prompts), count)
+    return prompts, count
 
 
 def check_room(model: HybridLM, prompt: int, new: int) -> None:
@@ -153,7 +157,7 @@ def _steps(
     if not max_new_tokens:
         return
     device = prompts[0].device
-    pick, texts = Picker(sampling, device), Texts(ending, len(prompts))
+    pick, texts = Picker(sampling, device, len(prompts)), Texts(ending, len(prompts))
     may_end = ending.eos is not None or bool(ending.stop)
     logits, cache = prefill(model, prompts)
     decoder = Decoder(model, cache, graph)
@@ -200,16 +204,21 @@ class Texts:
 @torch.no_grad()
 def prefill(model: HybridLM, prompts: list[Tensor]) -> tuple[Tensor, HybridCache]:
     """Run prompts, packed where their lengths differ; returns the logits `[N, V]` after each and a cache of N rows."""
+    from hybridzoo.architectures.model import not_finite
+
     cache = model.init_cache(len(prompts))
     if len({len(prompt) for prompt in prompts}) == 1:
         # Without boundaries attention is plain causal, for which every device has a kernel that need not be compiled.
-        hidden, _ = model.hidden(torch.stack(prompts), cache)
+        hidden = model.stage(torch.stack(prompts), cache)
         last = hidden[:, -1]
     else:
         ids, boundaries = pack(prompts)
-        hidden, _ = model.hidden(ids, cache, boundaries)
+        hidden = model.stage(ids, cache, boundaries)
         last = hidden[0, boundaries[1:].long() - 1]
     logits = model.logits(last)
-    if not logits.is_cuda:
-        refuse_unfinished(model, Picker(Sampling(), logits.device)(logits))
+    # Of all positions, since a state holds them all; on a GPU, where it would wait, the step that is read says so.
+    if not logits.is_cuda and not bool(torch.isfinite(hidden).all() & torch.isfinite(logits).all()):
+        raise ValueError(not_finite(model))
+    cache.commit()
+    cache.advance([len(prompt) for prompt in prompts])
     return logits, cache

@@ -21,6 +21,7 @@ from hybridzoo.architectures.decoding import Decoder
 from hybridzoo.architectures.generate import check_room, prefill, refuse_unfinished
 from hybridzoo.architectures.prompts import as_prompts
 from hybridzoo.architectures.sampling import Ending, Picker, Sampling
+from hybridzoo.architectures.words import whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:
@@ -29,11 +30,15 @@ if TYPE_CHECKING:
 
 
 class Emitted(NamedTuple):
-    """What a request got in a step: its next `token`, the `logits [V]` it comes from, and whether it is the last."""
+    """What a request got in a step: its next `token`, the `logits [V]` it comes from, and whether it is the `last`.
+
+    error: what the request's own `decode` raised, which ends it with this token; None for all else.
+    """
 
     token: int
     logits: Tensor
     last: bool
+    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -44,9 +49,13 @@ class _Request:
     ending: Ending
     new: list[int] = field(default_factory=list)
 
-    @property
-    def ended(self) -> bool:
-        return len(self.new) == self.max_new_tokens or self.ending.ends(self.new)
+    def emitted(self, logits: Tensor) -> Emitted:
+        """Its last token. A `decode` is a caller's, and what it raises concerns no other request."""
+        full = len(self.new) == self.max_new_tokens
+        try:
+            return Emitted(self.new[-1], logits, full or self.ending.ends(self.new))
+        except Exception as error:
+            return Emitted(self.new[-1], logits, True, error)
 
 
 class Batcher:
@@ -56,20 +65,22 @@ class Batcher:
 
     graph: replay decode steps as a CUDA graph; None does on a GPU.
 
-    Raises: `ValueError` for a model with a parameter that is not finite, and for less than one row.
+    Raises: `ValueError` for a model with a parameter that is not finite, and for less than one row; `TypeError` for
+    rows that are no whole number.
     """
 
     def __init__(self, model: HybridLM, max_rows: int = 8, *, graph: bool | None = None) -> None:
         from hybridzoo.architectures.model import bad_parameter
 
+        n = whole("max_rows", max_rows, 1)
         # On a GPU a step is not looked at before its row is written, so what can be known is asked here.
         if (name := bad_parameter(model)) is not None:
             raise ValueError(f"{name} holds values that are not finite (NaN or infinite)")
         self.model = model
-        self.cache = model.init_cache(max_rows)
+        self.cache = model.init_cache(n)
         self._decoder = Decoder(model, self.cache, graph)
         self._likeliest = Picker(Sampling(), self.cache.device)
-        self._rows: list[int | None] = [None] * max_rows  # the request in each
+        self._rows: list[int | None] = [None] * n  # the request in each
         self._requests: dict[int, _Request] = {}
         self._waiting: deque[int] = deque()
         self._next = 0
@@ -93,19 +104,17 @@ class Batcher:
     ) -> int:
         """Take a request in and return its id; it joins at the next step that has a free row.
 
-        Raises: as `generate` does for a prompt, `ValueError` for less than one new token, and `RuntimeError` after a
-        step that broke off.
+        Raises: as `generate` does for a prompt, `TypeError` for words of another kind, `ValueError` for less than one
+        new token, and `RuntimeError` after a step that broke off.
         """
         self._check_whole()
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens!r}")
-        ending = ending or Ending()
-        ending.check(self.model.spec.vocab_size)
+        count = whole("max_new_tokens", max_new_tokens, 1)
+        drawing, end = Sampling.of(sampling), Ending.of(ending)
+        end.check(self.model.spec.vocab_size)
         ids = as_prompts([prompt], None, "right", self.model.spec.vocab_size, self.cache.device)[0]
-        check_room(self.model, len(ids), max_new_tokens)
+        check_room(self.model, len(ids), count)
         number, self._next = self._next, self._next + 1
-        picker = Picker(sampling or Sampling(), self.cache.device)
-        self._requests[number] = _Request(ids, max_new_tokens, picker, ending)
+        self._requests[number] = _Request(ids, count, Picker(drawing, self.cache.device), end)
         self._waiting.append(number)
         return number
 
@@ -134,9 +143,11 @@ class Batcher:
     def step(self) -> dict[int, Emitted]:
         """Give every request that has a row one token, by request id; those that end are removed.
 
+        A request whose `Ending.decode` raises ends with this token, the error in its `Emitted`; the others go on.
+
         Raises: `ValueError` for logits that are not finite; with the cache in host memory all is then as it was.
-        What raises after the rows have taken their tokens, as an `Ending.decode` may, ends the batcher: `tokens` still
-        gives what each request has, and later steps raise `RuntimeError`.
+        What raises after the rows have taken their tokens, as an interrupt may, ends the batcher: `tokens` still gives
+        what each request has, and later steps raise `RuntimeError`.
         """
         self._check_whole()
         # What may be refused or find no memory comes before anything is written.
@@ -171,7 +182,7 @@ class Batcher:
         picked = self._pick(logits)
         for number, token in picked.items():  # all of them before a caller's code is asked what has ended
             self._requests[number].new.append(token)
-        emitted = {n: Emitted(token, logits[n], self._requests[n].ended) for n, token in picked.items()}
+        emitted = {number: self._requests[number].emitted(logits[number]) for number in picked}
         self._free([number for number, each in emitted.items() if each.last])
         return emitted
 

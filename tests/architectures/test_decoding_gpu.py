@@ -7,9 +7,10 @@ import torch
 from device_reads import no_device_reads
 from torch import Tensor
 
-from hybridzoo.architectures import Batcher, HybridLM, Spec, build_model, stream
+from hybridzoo.architectures import Batcher, HybridLM, Sampling, Spec, build_model, stream
 from hybridzoo.architectures.decoding import WARM, Decoder
 from hybridzoo.architectures.model import cast
+from hybridzoo.architectures.sampling import Picker
 from hybridzoo.mixers import list_mixers
 from hybridzoo.mixers.caches import FixedCache
 from hybridzoo.mixers.kv_cache import PAGE
@@ -112,9 +113,10 @@ def test_requests_that_come_and_go_get_what_they_get_alone(graph: bool) -> None:
     model = small_model("carve*2 attention", window=20)
     batcher, out = Batcher(model, 3, graph=graph), {}
     prompts = {batcher.add([n + 1] * (3 * n + 1), 10 + 7 * n): [n + 1] * (3 * n + 1) for n in range(7)}
-    while len(batcher):
+    for _ in range(300):  # not for ever, should a request never leave
         for number, emitted in batcher.step().items():
             out.setdefault(number, []).append(emitted.token)
+    assert len(batcher) == 0
     for number, prompt in prompts.items():
         assert out[number] == model.generate([prompt], len(out[number]))[0][len(prompt) :].tolist()
 
@@ -133,6 +135,21 @@ def test_replayed_steps_hold_no_more_memory_and_never_wait_for_the_device() -> N
             decoder(tokens)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= held + 4096
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-39, 1.0, 1e300])
+def test_draws_are_chosen_on_the_device_and_keep_to_their_words(temperature: float) -> None:
+    logits = torch.zeros(8, 50, dtype=torch.bfloat16, device="cuda")
+    logits[:, 40] = 9.0
+    picker = Picker(Sampling(temperature=temperature, top_k=5, top_p=0.99999, min_p=1e-12, seed=1), logits.device, 8)
+    with no_device_reads():
+        steps = [picker(logits) for _ in range(50)]
+    found = set(torch.cat(steps).tolist())
+    assert found <= {40, 0, 1, 2, 3}
+    assert 40 in found
+    assert temperature >= 1 or found == {40}
+    again = Picker(picker.sampling, logits.device, 2)
+    assert all(torch.equal(again(logits[:2]), step[:2]) for step in steps)
 
 
 @torch.no_grad()

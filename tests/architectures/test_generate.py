@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +83,21 @@ def test_lists_tensors_and_padded_ids_mean_the_same(model: HybridLM) -> None:
         assert [row.tolist() for row in other] == [row.tolist() for row in rows]
 
 
+def test_arrays_and_whole_numbers_of_numpy_are_prompts_and_counts(model: HybridLM) -> None:
+    rows = model.generate([[1, 2, 3], [4]], np.int64(6))
+    read_only = np.array([3, 2, 1], dtype=np.uint16)
+    read_only.flags.writeable = False
+    for other in (
+        model.generate([read_only[::-1], np.array([4])], 6),
+        model.generate([[np.int64(1), 2, np.uint8(3)], (4,)], 6),
+        model.generate(np.array([[1, 2, 3], [4, 9, 9]], dtype=np.int32), 6, lengths=np.array([3, 1])),
+    ):
+        assert [row.tolist() for row in other] == [row.tolist() for row in rows]
+    batch = model.generate(np.array([[1, 2, 3]]), 6)
+    assert isinstance(batch, Tensor)
+    assert batch.tolist() == [rows[0].tolist()]
+
+
 def test_a_tensor_of_prompts_gives_a_tensor(model: HybridLM) -> None:
     ids = torch.tensor([[1, 2], [3, 4]])
     out = model.generate(ids, 3)
@@ -116,6 +132,18 @@ def test_a_seed_repeats_a_draw_and_leaves_the_global_generator_alone(model: Hybr
     assert not torch.equal(first, model.generate(torch.tensor([[1]]), 20, temperature=1.0, seed=4))
 
 
+def test_what_a_prompt_draws_does_not_depend_on_the_others(model: HybridLM) -> None:
+    words = {"temperature": 1.5, "seed": 3}
+    alone = model.generate([[1, 2]], 12, **words)[0].tolist()
+    several = model.generate([[1, 2], [3], [5] * 7], 12, **words)
+    assert several[0].tolist() == alone
+    others = model.generate([[4, 4, 4, 4], [3]], 12, **words)
+    assert others[1].tolist() == several[1].tolist()
+    equal = model.generate([[1, 2]] * 4, 12, **words)
+    assert len({tuple(row.tolist()) for row in equal}) == 4  # a place is part of a draw
+    assert equal[0].tolist() == alone
+
+
 def test_each_step_s_tokens_are_handed_out_as_soon_as_they_are_chosen(model: HybridLM) -> None:
     steps: list[Tensor] = []
     ids = torch.tensor([[1, 2], [3, 4]])
@@ -148,6 +176,13 @@ def test_a_stream_gives_the_steps_of_generate_one_by_one(model: HybridLM) -> Non
     assert all(step.new.all() for step in steps)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         stream(model, [[]])  # at once, not at the first step
+    with pytest.raises(ValueError, match="65 tokens are more than max_context 64"):
+        stream(model, [[1]], 64)
+    with pytest.raises(ValueError, match="eos must lie in 0 to 10"):
+        stream(model, [[1]], 2, ending=Ending(eos=11))
+    for given, kind in (({"sampling": {"seed": 1}}, "Sampling"), ({"ending": ("a",)}, "Ending")):
+        with pytest.raises(TypeError, match=rf"must be an? {kind}, got .*; {kind}\("):
+            stream(model, [[1]], 2, **given)
     assert next(stream(model, [[1]], 60)).tokens.shape == (1,)  # a reader may leave
 
 
@@ -216,7 +251,19 @@ def test_draws_follow_the_softmax(model: HybridLM) -> None:
         ([[1, 11]], {}, ValueError, r"prompt 0: ids must lie in 0 to 10 \(vocab_size - 1\), got 11"),
         ([[1], [-1]], {}, ValueError, "prompt 1: ids must lie in 0 to 10"),
         ([[1.5]], {}, TypeError, "prompt 0: ids must be integers, got torch.float32"),
-        ([["a"]], {}, TypeError, r"prompt 0: expected integers, got \['a'\]"),
+        ([["a"]], {}, TypeError, r"prompt 0: expected integers, got 'a' in it"),
+        ([[1], [2, None]], {}, TypeError, "prompt 1: expected integers, got None in it"),
+        ([[2, [3]]], {}, TypeError, r"prompt 0: expected integers, got \[3\] in it"),
+        ([[2**70]], {}, ValueError, rf"prompt 0: ids must lie in 0 to 10 \(vocab_size - 1\), got {2**70}"),
+        ([[1, -(2**63) - 1]], {}, ValueError, rf"prompt 0: ids must lie in 0 to 10 .* got -{2**63 + 1}"),
+        (None, {}, TypeError, r"ids must be a tensor \[N, T\] or a list of prompts, as in \[\[1, 2, 3\]\]; got None"),
+        (5, {}, TypeError, r"ids must be a tensor \[N, T\] or a list of prompts, as in \[\[1, 2, 3\]\]; got 5"),
+        ([None], {}, TypeError, "prompt 0: expected a list of ids, got None"),
+        (np.array([1, 2]), {}, ValueError, r"ids must be \[N, T\], or a list of one-dimensional prompts, got \[2\]"),
+        (np.array([[1.0]]), {}, TypeError, "ids must be integers, got torch.float"),
+        ([np.array([1, 11], dtype=np.uint16)], {}, ValueError, "prompt 0: ids must lie in 0 to 10 .* got 11"),
+        ([np.array([[1]])], {}, ValueError, r"prompt 0: expected one dimension, got \[1, 1\]"),
+        (list(np.array([1, 2])), {}, TypeError, "ids must be a list of prompts, each a list of ids"),
         (["abc"], {}, TypeError, "prompt 0: expected a list of ids, got 'abc'"),
         ([3, 4], {}, TypeError, r"ids must be a list of prompts, each a list of ids, as in \[\[1, 2, 3\]\]; got 3"),
         ([[True]], {}, TypeError, "prompt 0: ids must be integers, got torch.bool"),
@@ -233,18 +280,23 @@ def test_draws_follow_the_softmax(model: HybridLM) -> None:
         (torch.tensor([[1, 2]]), {"lengths": [0]}, ValueError, "prompt 0 is empty"),
         (torch.tensor([[1, 2]]), {"lengths": [1, 1]}, ValueError, "expected one for each of 1 prompts, got 2"),
         ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens must be a whole number, at least 0"),
-        ([[1]], {"max_new_tokens": 2.5}, ValueError, "max_new_tokens must be a whole number, at least 0, got 2.5"),
+        ([[1]], {"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be a whole number, at least 0, got 2.5"),
+        ([[1]], {"max_new_tokens": True}, TypeError, "max_new_tokens must be a whole number, at least 0, got True"),
+        (torch.tensor([[1, 2]]), {"lengths": [1.5]}, TypeError, "lengths must be whole numbers, one a prompt, got 1.5"),
+        (torch.tensor([[1, 2]]), {"lengths": 2}, TypeError, "lengths must be whole numbers, one a prompt, got 2"),
         ([[1]], {"max_new_tokens": 64}, ValueError, "65 tokens are more than max_context 64"),
         ([[1]], {"temperature": -1.0}, ValueError, "temperature must be 0"),
         ([[1]], {"temperature": float("nan")}, ValueError, "temperature must be 0"),
-        ([[1]], {"temperature": 1.0, "top_k": 0}, ValueError, "top_k must be at least 1"),
+        ([[1]], {"temperature": 1.0, "top_k": 0}, ValueError, "top_k must be a whole number, at least 1, got 0"),
         ([[1]], {"temperature": 1.0, "top_p": 0.0}, ValueError, "top_p must be above 0 and at most 1"),
         ([[1]], {"top_p": 0.5}, ValueError, "give a temperature above 0"),
         ([[1]], {"temperature": 1.0, "min_p": 1.5}, ValueError, "min_p must be above 0 and at most 1"),
         ([[1]], {"min_p": 0.5}, ValueError, "give a temperature above 0"),
         ([[1]], {"eos": 11}, ValueError, "eos must lie in 0 to 10"),
+        ([[1]], {"eos": "a"}, TypeError, "eos must be a whole number, at least 0, got 'a'"),
+        ([[1]], {"stop": "a", "decode": lambda ids: None}, TypeError, "decode must return .* a str, got None"),
         ([[1]], {"stop": "a"}, ValueError, "stop strings need decode"),
-        ([[1]], {"stop": ["a", ""], "decode": str}, ValueError, r"at least one character, got \['a', ''\]"),
+        ([[1]], {"stop": ["a", ""], "decode": str}, ValueError, r"at least one character, got"),
         (torch.tensor([[1]]), {"lengths": [1], "padding": "middle"}, ValueError, "padding must be 'right' or 'left'"),
     ],
 )
@@ -262,12 +314,27 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_weight() -> None
     assert model.head is not None
     model.head.weight.data[2, 2] = torch.inf
     for words in ({}, {"temperature": 1.0}):
-        with pytest.raises(ValueError, match=r"the logits are not finite: head\.weight holds values that are not"):
+        with pytest.raises(
+            ValueError, match=r"are not finite: head\.weight holds values that are not \(NaN or infinite\)$"
+        ):
             model.generate([[1, 2]], 3, **words)
     model.head.weight.data[2, 2] = 1.0
     model.norm.weight.data.fill_(3e38)
-    with pytest.raises(ValueError, match="though all parameters are: something overflows"):
+    with pytest.raises(ValueError, match=r"though all parameters are: something overflows$"):
         model.generate([[1, 2]], 3)
+
+
+def test_logits_that_stop_being_finite_say_nothing_of_a_cache(model: HybridLM) -> None:
+    kept = model.head.weight.detach().clone()
+
+    def spoil(tokens: Tensor) -> None:
+        model.head.weight.data[3, 3] = torch.nan
+
+    try:
+        with pytest.raises(ValueError, match=r"head\.weight holds values that are not \(NaN or infinite\)$"):
+            model.generate([[1, 2]], 3, on_tokens=spoil)
+    finally:
+        model.head.weight.data.copy_(kept)
 
 
 def test_a_graph_needs_a_gpu(model: HybridLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from hybridzoo.mixers.kv_cache import PAGE
 
 def drained(batcher: Batcher) -> dict[int, list[int]]:
     out: dict[int, list[int]] = {}
-    while len(batcher):
+    for _ in range(200):  # not for ever, should a request never leave
+        if not len(batcher):
+            return out
         for number, emitted in batcher.step().items():
             out.setdefault(number, []).append(emitted.token)
-    return out
+    raise AssertionError(f"{len(batcher)} requests never ended")
 
 
 def alone(model: HybridLM, prompt: list[int], n: int, **words: Any) -> list[int]:
@@ -52,6 +55,30 @@ def test_a_request_draws_by_its_own_words_whatever_its_company() -> None:
     batcher.add([4], 12)
     batcher.add([5], 12, sampling=Sampling(temperature=1.0, seed=9))
     assert drained(batcher)[drawn] == alone(model, [1, 2], 12, **words)
+
+
+def test_no_words_of_a_request_end_a_step_for_the_others() -> None:
+    model = small_model()
+    batcher, n = Batcher(model, 12), 8
+    plain = [batcher.add([1, 2], n), batcher.add([3], n)]
+    seen = {}
+    for words in (
+        {"temperature": 1e-39},
+        {"temperature": 1e-45, "top_k": 1},
+        {"temperature": 5e-324, "min_p": 1.0},
+        {"temperature": 1e300, "top_p": 1.0},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 1.0, "top_p": 5e-324, "min_p": 5e-324, "top_k": 2**70},
+        {"temperature": 1.0, "seed": 2**64 - 1},
+        {"temperature": 1.0, "seed": -(2**63)},
+    ):
+        seen[batcher.add([1, 2], n, sampling=Sampling(**words))] = words
+    out = drained(batcher)
+    assert [out[number] for number in plain] == [alone(model, [1, 2], n), alone(model, [3], n)]
+    for number, words in seen.items():
+        assert len(out[number]) == n
+        if words["temperature"] < 1e-30 or words.get("top_p", 1) < 1e-30:
+            assert out[number] == alone(model, [1, 2], n)
 
 
 def test_eos_and_stop_strings_end_a_request() -> None:
@@ -100,6 +127,10 @@ def test_what_cannot_be_served_is_refused_and_changes_nothing() -> None:
         ([1], {"max_new_tokens": 0}, ValueError, "at least 1, got 0"),
         ([1], {"max_new_tokens": 2, "ending": Ending(eos=11)}, ValueError, "eos must lie in 0 to 10"),
         ("abc", {}, TypeError, "expected a list of ids"),
+        (None, {}, TypeError, "prompt 0: expected a list of ids, got None"),
+        ([1], {"max_new_tokens": 1.5}, TypeError, "max_new_tokens must be a whole number, at least 1, got 1.5"),
+        ([1], {"sampling": {"seed": 1}}, TypeError, r"sampling must be a Sampling, got {'seed': 1}; Sampling\("),
+        ([1], {"ending": "a"}, TypeError, r"ending must be an Ending, got 'a'; Ending\("),
     ]
     for prompt, words, error, says in cases:
         with pytest.raises(error, match=says):
@@ -114,35 +145,66 @@ def test_what_cannot_be_served_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"head\.weight holds values that are not finite"):
         Batcher(model)
     model.head.weight.data.copy_(kept)
+    for rows, error in ((2.5, TypeError), (True, TypeError), (0, ValueError)):
+        with pytest.raises(error, match=f"max_rows must be a whole number, at least 1, got {rows}"):
+            Batcher(model, rows)
     out = drained(batcher)
     assert out[running] == alone(model, [1, 2], 10)[1:]
     assert out[joining] == alone(model, [3], 5)
 
 
+def text_until(call: int, then: Any) -> Callable[[list[int]], str]:
+    """A `decode` that works until its so many-th call."""
+    calls = iter(range(1, 1000))
+
+    def decode(ids: list[int]) -> str:
+        return then() if next(calls) >= call else "".join(map(str, ids))
+
+    return decode
+
+
+def half_a_letter() -> str:
+    raise UnicodeDecodeError("utf-8", b"", 0, 1, "half a letter")
+
+
+@pytest.mark.parametrize(("then", "error"), [(half_a_letter, UnicodeDecodeError), (lambda: None, TypeError)])
+def test_a_decode_that_fails_ends_its_own_request_and_no_other(then: Any, error: type[Exception]) -> None:
+    model = small_model()
+    batcher = Batcher(model, 3)
+    failing = batcher.add([1, 2], 9, ending=Ending(stop="none", decode=text_until(3, then)))
+    other = batcher.add([3], 9)
+    steps = [batcher.step() for _ in range(3)]
+    assert [type(step[failing].error) for step in steps] == [type(None), type(None), error]
+    assert [step[failing].last for step in steps] == [False, False, True]
+    assert [step[failing].token for step in steps] == alone(model, [1, 2], 3)
+    assert len(batcher) == 1
+    late = batcher.add([4], 9)
+    out = drained(batcher)
+    assert out == {other: alone(model, [3], 9)[3:], late: alone(model, [4], 9)}
+
+
 def test_a_step_that_breaks_off_loses_no_token_and_is_the_last() -> None:
     model = small_model()
-    calls = 0
 
-    def strict(ids: list[int]) -> str:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise UnicodeDecodeError("utf-8", b"", 0, 1, "half a letter")
-        return "".join(map(str, ids))
+    class Interrupt(BaseException):  # as KeyboardInterrupt is, which would end the tests if it came too early
+        pass
+
+    def interrupt() -> str:
+        raise Interrupt
 
     batcher = Batcher(model, 3)
-    first = batcher.add([1, 2], 9, ending=Ending(stop=("none",), decode=strict))
+    first = batcher.add([1, 2], 9, ending=Ending(stop=("none",), decode=text_until(3, interrupt)))
     second = batcher.add([3], 9)
     batcher.step()
     batcher.step()
     late = batcher.add([4], 9)
-    with pytest.raises(UnicodeDecodeError):
+    with pytest.raises(Interrupt):
         batcher.step()
     assert batcher.tokens(first) == alone(model, [1, 2], 3)
     assert batcher.tokens(second) == alone(model, [3], 3)
     assert batcher.tokens(late) == alone(model, [4], 1)
     for again in (batcher.step, lambda: batcher.add([5])):
-        with pytest.raises(RuntimeError, match=r"broke off \(UnicodeDecodeError.*half a letter.* a new Batcher"):
+        with pytest.raises(RuntimeError, match=r"broke off \(Interrupt.* a new Batcher"):
             again()
 
 
@@ -166,15 +228,20 @@ def is_as_alone(model: HybridLM, prompt: list[int], new: list[int], logits: list
 
 @pytest.mark.slow
 def test_two_thousand_steps_of_coming_and_going_leave_memory_flat_and_every_output_as_alone() -> None:
-    model, draw = small_model(), random.Random(0)
+    # A window of more than a page: its ring grows first, and is written around by the longer requests alone.
+    carve = {"type": "carve", "n_heads": 2, "head_dim": 8, "content_chunk": 8, "content_rank": 2}
+    attention = {"type": "attention", "n_heads": 2}
+    mixers = {"c": carve, "w": attention | {"window": PAGE + 20}, "a": attention}
+    model, draw = small_model(mixers=mixers), random.Random(0)
     batcher, rows = Batcher(model, 4), 4
+    longest = crossed = wrapped = 0
     prompts: dict[int, list[int]] = {}
     logits: dict[int, list[Tensor]] = {}
     tokens: dict[int, list[int]] = {}
     held, checked, left = [], 0, 0
     for taken in range(2000):
         while len(batcher) < rows + 1 and draw.random() < 0.3:
-            prompt = [draw.randrange(11) for _ in range(draw.choice([1, 2, 9, 30, 60]))]
+            prompt = [draw.randrange(11) for _ in range(draw.choice([1, 2, 9, 30, 60, PAGE - 40, 2 * PAGE - 40]))]
             number = batcher.add(prompt, draw.randint(1, 120))
             prompts[number], logits[number], tokens[number] = prompt, [], []
         ended = []
@@ -189,11 +256,18 @@ def test_two_thousand_steps_of_coming_and_going_leave_memory_flat_and_every_outp
                 assert batcher.remove(number) == tokens[number]
                 ended.append(number)
                 left += 1
+        longest = max([longest, *(len(prompts[n]) + len(tokens[n]) - 1 for n in prompts if tokens[n])])
         for number in ended:
+            start, end = len(prompts[number]), len(prompts[number]) + len(tokens[number])
+            crossed += start // PAGE < (end - 1) // PAGE
+            wrapped += start <= PAGE + 20 < end - 1
             checked += is_as_alone(model, prompts.pop(number), tokens.pop(number), logits.pop(number))
         if taken in (500, 1999):
             held.append(held_bytes([x for found in logits.values() for x in found]))
-            assert batcher.cache.state_bytes == rows * account(model.spec, PAGE, torch.float32).state_bytes
+            room = -(-longest // PAGE) * PAGE
+            assert room == 3 * PAGE
+            assert batcher.cache.state_bytes == rows * account(model.spec, room, torch.float32).state_bytes
     assert checked > 50
+    assert min(crossed, wrapped) > 5
     assert left > 5
-    assert held[1] <= held[0] + 4096  # prompts of whoever is there at the moment
+    assert held[1] <= held[0] + (rows + 1) * 2 * PAGE * 8  # prompts of whoever is there at the moment
