@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybridzoo.cli.output import command, fail, print_json, stdout, working
+
+if TYPE_CHECKING:
+    from hybridzoo.studies.theory.result import Size
 
 EPILOG = """[bold]Examples[/]
 
@@ -16,6 +19,8 @@ hybridzoo study theory
 hybridzoo study theory capacity stability --out runs/theory
 
 hybridzoo study theory optimality --study runs/quickstart
+
+hybridzoo study theory chunk boundary --device cuda
 
 Probes: capacity, stability, gradient, separation, chunk, optimality, boundary. Every number printed is measured in this
 very run; the files under --out hold all of them."""
@@ -33,22 +38,27 @@ def theory_command(
     full: Annotated[bool, typer.Option("--full", help="Larger sizes, more seeds, longer training.")] = False,
     study: Annotated[
         Path | None,
-        typer.Option("--study", help="A study's run, whose ratios are set beside the paper's.", metavar="DIR"),
+        typer.Option("--study", help="A run or kept study, whose ratios are set beside the paper's.", metavar="DIR"),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Where all randomness comes from.", min=0)] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or auto: where chunk trains, and chunk and boundary also time.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print theory.json instead of text.")] = False,
 ) -> None:
     """Set what the CARVE paper claims beside what is measured here, with a verdict on each statement."""
     if small and full:
         raise fail("--small and --full exclude each other")
     with working("loading"):
-        from hybridzoo.studies import read_plan
+        from hybridzoo.studies import read_findings
         from hybridzoo.studies.theory import Settings, find_probes, run_probes, show, show_summary, write_results
 
         chosen = find_probes(probes or [])
+        size: Size = "small" if small else "full" if full else "default"
+        settings = Settings(size=size, seed=seed, study=study, device=device)  # type: ignore[arg-type]
+        settings.resolve_device()  # what is not there is said now
         if study is not None:
-            read_plan(study)  # the last probe to run reads it: a wrong path is said now
-    settings = Settings(size="small" if small else "full" if full else "default", seed=seed, study=study)
+            read_findings(study)  # the last probe to run reads it: a wrong path is said now
     results = []
     found = run_probes(chosen, settings)
     for probe in chosen:

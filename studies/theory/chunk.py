@@ -1,7 +1,8 @@
 """The content chunk: what a longer one saves in time and costs in a staler gate, and the length that balances the two.
 
 Staleness is the relative difference of the outputs from those of a gate renewed at every token (L = 1), of the same
-weights on the same tokens, by the token loop in float64. Time is of the chunkwise form, forward and backward, here.
+weights on the same tokens, by the token loop in float64. Time is of the chunkwise form, forward and backward, here: on
+the CPU, and on a GPU where there is one. What models score that were trained at each length is in lengths.py.
 
 Shapes: B batch, T time, K key dim, V value dim, L content chunk, r content rank.
 """
@@ -12,22 +13,26 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hybridzoo.kernels import ContentGate, gated_delta_rule
 from hybridzoo.studies.tables import Table
+from hybridzoo.studies.theory.lengths import OFF, curves
 from hybridzoo.studies.theory.result import FAILS, HOLDS, OPEN, PAPER, Line, Panel, Result, Settings, Statement
 from hybridzoo.studies.theory.rule import F64, Tokens, run, started_tokens
+from hybridzoo.studies.theory.timing import fused_refusal, gpu_facts, in_words, median_seconds
 from hybridzoo.studies.theory.trained import trained_tokens
 
 CLAIMED, FIRST, LAST = 0.0018, 16, 128  # of the outputs, flat over these lengths
 FLAT = 1.25  # the largest over the smallest that is still called flat
 LONGEST = 4096  # tokens beyond which a fitted length is no longer printed as a number
-OFF = 0  # the length that stands for no content gate
 NEAR = 2.0  # how far from the claimed level is still called near
+SAVES = 1.05  # the time of the shortest over that of the longest from which on a longer chunk is said to save time
 
 
 class Stale(NamedTuple):
@@ -40,10 +45,16 @@ class Stale(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of one forward and backward pass of the chunkwise form, the fastest of several."""
+    """Seconds of one forward and backward pass of the chunkwise form (L = 0: no content gate), and where.
+
+    The fastest of several on a CPU, their median on a GPU.
+    """
 
     L: int
     seconds: float
+    device: str = "cpu"
+    backend: str = "torch"
+    dtype: str = "float32"
 
 
 class Fit(NamedTuple):
@@ -77,13 +88,14 @@ def staleness(
 
 def content_gate(K: int, V: int, r: int, strength: float, generator: torch.Generator) -> ContentGate:
     """Draw a content pair whose readout has entries of about `strength` where its hidden units are saturated."""
-    down = torch.randn(1, r, V, generator=generator, dtype=F64) * V**-0.5
-    up = strength * torch.randn(1, K, r, generator=generator, dtype=F64) * r**-0.5
+    device = generator.device
+    down = torch.randn(1, r, V, generator=generator, dtype=F64, device=device) * V**-0.5
+    up = strength * torch.randn(1, K, r, generator=generator, dtype=F64, device=device) * r**-0.5
     return ContentGate(down, up)
 
 
 def probe(settings: Settings) -> Result:
-    """Measure staleness and time against L, and fit the length that balances them."""
+    """Measure staleness, time and trained quality against L, and fit the lengths that are best."""
     generator = torch.Generator().manual_seed(settings.seed)
     T, K, V = settings.pick((48, 4, 4), (256, 16, 16), (1024, 32, 32))
     lengths = settings.pick((2, 4, 8, 16), (2, 4, 8, 16, 32, 64, 128), (2, 4, 8, 16, 32, 64, 128, 256))
@@ -98,9 +110,16 @@ def probe(settings: Settings) -> Result:
         Stale(name, L, statistics.fmean(o for o, _ in seen), statistics.fmean(s for _, s in seen))
         for (name, L), seen in stale.items()
     ]
+    device = settings.resolve_device()
     timings = time_chunks(settings, [L for L in lengths if settings.pick(4, 8) <= L])
-    fits = [_fit(name, stale, timings) for name in dict.fromkeys(row.inputs for row in rows)]
-    statements = (_flatness(rows), _level(rows), _worth(rows), _best(fits))
+    on_gpu = time_on(device, settings) if device.type == "cuda" else []
+    decisive = _fastest(on_gpu) or timings  # a length is chosen for a GPU where there is one
+    fits = [_fit(name, stale, decisive) for name in dict.fromkeys(row.inputs for row in rows)]
+    trained = curves(settings, FIRST, LAST, NEAR * CLAIMED)
+    statements = (
+        *(_flatness(rows), _level(rows), _worth(rows), _best(fits, settings.device_name)),
+        *(_saves(on_gpu, f"{settings.device_name}, {in_words(gpu_shape(settings))}"), *trained.statements),
+    )
     slope = {fit.inputs: fit.exponent for fit in fits}
     steepest = max(slope, key=lambda name: slope[name])
     return Result(
@@ -114,18 +133,29 @@ def probe(settings: Settings) -> Result:
             "are independent it is flat because a longer mean says next to nothing: it is about as far from a gate "
             "renewed every token as no content gate at all is. It grows most for "
             f"{steepest}, as L to the power {slope[steepest]:.2f}. The chunkwise form takes "
-            f"{timings[0].seconds / timings[-1].seconds:.1f} times as long at L = {timings[0].L} as at {timings[-1].L}."
+            f"{timings[0].seconds / timings[-1].seconds:.1f} times as long at L = {timings[0].L} as at {timings[-1].L}"
+            f"{_on_gpu_in_words(on_gpu, settings.device_name)}. {trained.finding}"
         ),
         tables={
             "staleness": Table("Difference from a gate renewed at every token", Stale._fields, tuple(rows)),
-            "time": Table("Seconds a forward and backward pass", Timing._fields, tuple(timings)),
+            "time": Table("Seconds a forward and backward pass", Timing._fields, (*timings, *on_gpu)),
             "fit": Table(
                 "The length that balances time and staleness, one per cent against one", Fit._fields, (*fits,)
             ),
+            **trained.tables,
         },
-        shown=("staleness", "fit"),
-        panels=_panels(rows, timings),
-        facts={"threads": torch.get_num_threads()},
+        shown=("staleness", *(("time",) if on_gpu else ()), "fit", "quality", "best"),
+        panels=(
+            _staleness_panel(rows),
+            _time_panel("Time on the CPU" if on_gpu else "Time", timings, bool(on_gpu)),
+            *((_time_panel(f"Time on {settings.device_name}", on_gpu, True),) if on_gpu else ()),
+            trained.panel,
+        ),
+        facts={
+            "threads": torch.get_num_threads(),
+            "device": settings.device_name,
+            **(gpu_facts(device, gpu_shape(settings), content=True) if on_gpu else {}),
+        },
     )
 
 
@@ -193,6 +223,58 @@ def time_chunks(settings: Settings, lengths: Sequence[int]) -> list[Timing]:
             seconds.append(time.perf_counter() - started)
         found.append(Timing(L, min(seconds)))
     return found
+
+
+def gpu_shape(settings: Settings) -> tuple[int, int, int, int]:
+    """Return B, T, H and K = V of what is timed on a GPU: large enough that it is the GPU which takes the time."""
+    return settings.pick((1, 64, 2, 16), (8, 4096, 16, 128))
+
+
+def time_on(device: torch.device, settings: Settings, dtype: torch.dtype = torch.bfloat16) -> list[Timing]:
+    """Time the chunkwise form on `device` in `dtype`, forward and backward, at every L and without a content gate.
+
+    By the fused kernels where they run, and by the same form in PyTorch operations.
+    """
+    B, T, H, K = gpu_shape(settings)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    leaves = [
+        None if x is None else x.to(dtype).unflatten(0, (B, H)).transpose(1, 2).contiguous().requires_grad_()
+        for x in started_tokens(B * H, T, K, K, generator)
+    ]
+    pair = [
+        x.float().expand(H, -1, -1).contiguous().requires_grad_() for x in content_gate(K, K, 16, 1.0, generator)[:2]
+    ]
+    d_out = torch.randn(B, T, H, K, device=device, dtype=dtype, generator=generator)
+    backends = {"torch": settings.pick(1, 5)}
+    if fused_refusal(device, content=True) is None:
+        backends = {"triton": settings.pick(2, 20), **backends}
+    return [
+        Timing(
+            L,
+            median_seconds(partial(_pass, leaves, pair, L, backend, d_out), device, repeats),
+            *(device.type, backend, str(dtype).removeprefix("torch.")),
+        )
+        for backend, repeats in backends.items()
+        for L in (OFF, *settings.pick((16, 32), (16, 32, 64, 128, 256)))
+    ]
+
+
+def _pass(leaves: Sequence[Tensor | None], pair: Sequence[Tensor], L: int, backend: str, d_out: Tensor) -> None:
+    """One forward and backward pass of the recurrence of `carve`, with gradients for everything."""
+    q, k, v, log_decay, erase_logits, correct, write = leaves
+    content = ContentGate(pair[0], pair[1], L) if L else None
+    o, _ = gated_delta_rule(
+        *(q, k, v, log_decay, erase_logits, content, correct, write),  # type: ignore[arg-type]
+        predict="stored",
+        backend=backend,
+    )
+    inputs = [x for x in (*leaves, *(pair if L else ())) if x is not None]
+    torch.autograd.grad(o, inputs, d_out)
+
+
+def _fastest(on_gpu: Sequence[Timing]) -> list[Timing]:
+    """Return the lengths of the first backend that was timed, which is the fused one where there is one."""
+    return [t for t in on_gpu if t.L and t.backend == on_gpu[0].backend]
 
 
 def fit_time(timings: Sequence[Timing]) -> tuple[float, float]:
@@ -277,13 +359,40 @@ def _worth(rows: Sequence[Stale]) -> Statement:
     return Statement(text, verdict, f"staleness over that of no content gate: {'; '.join(said)}")
 
 
-def _best(fits: Sequence[Fit]) -> Statement:
+def _best(fits: Sequence[Fit], where: str = "cpu") -> Statement:
     said = "; ".join(f"{fit.inputs}: {_best_and_range(fit)}" for fit in fits)
+    timed = "" if where == "cpu" else f" with the times of {where}"
     return Statement(
         "One chunk length is best for time and quality together.",
         OPEN,
-        f"it depends on what a per cent of time is worth in staleness, and on the machine; one for one, L* is {said}",
+        f"it depends on what a per cent of time is worth in staleness, and on the machine; one for one{timed}, L* is "
+        f"{said}",
     )
+
+
+def _saves(on_gpu: Sequence[Timing], where: str) -> Statement:
+    """Judge by a GPU's times alone whether a longer chunk saves any there."""
+    text = "On a GPU a longer content chunk takes less time (ours)."
+    timed = _fastest(on_gpu)
+    if not timed:
+        return Statement(text, OPEN, "no GPU was timed in this run")
+    times = ", ".join(f"{1e3 * t.seconds:.2f} ms at L = {t.L}" for t in timed)
+    (off,) = [t for t in on_gpu if not t.L and t.backend == timed[0].backend]
+    ratio = timed[0].seconds / timed[-1].seconds
+    return Statement(
+        text,
+        HOLDS if ratio > SAVES else FAILS,
+        f"on {where} in {off.dtype}, forward and backward, backend {off.backend}: {times}; without a content gate "
+        f"{1e3 * off.seconds:.2f} ms",
+    )
+
+
+def _on_gpu_in_words(on_gpu: Sequence[Timing], where: str) -> str:
+    timed = _fastest(on_gpu)
+    if not timed:
+        return ""
+    ratio = timed[0].seconds / timed[-1].seconds
+    return f" on the CPU, and {ratio:.2f} times at L = {timed[0].L} as at {timed[-1].L} on {where}"
 
 
 def _best_and_range(fit: Fit) -> str:
@@ -296,24 +405,34 @@ def _length(L: float) -> str:
     return f"{L:,.0f}" if L <= LONGEST else f"over {LONGEST:,}"
 
 
-def _panels(rows: Sequence[Stale], timings: Sequence[Timing]) -> tuple[Panel, ...]:
+def _staleness_panel(rows: Sequence[Stale]) -> Panel:
     lines = []
     for name in dict.fromkeys(row.inputs for row in rows):
         mine = [row for row in rows if row.inputs == name and row.L]
         lines.append(Line(name, tuple(float(r.L) for r in mine), tuple(max(r.output_difference, 1e-12) for r in mine)))
     lines.append(Line("claimed", (float(FIRST), float(LAST)), (CLAIMED, CLAIMED), "dashes"))
-    a, b = fit_time(timings)
-    x = tuple(float(t.L) for t in timings)
-    return (
-        Panel("Staleness", "content chunk L", "difference of outputs from L = 1", tuple(lines), True, True),
-        Panel(
-            "Time",
-            "content chunk L",
-            "seconds, forward and backward",
-            (
-                Line("measured", x, tuple(t.seconds for t in timings), "points"),
-                Line("fitted a + b / L", x, tuple(a + b / L for L in x), "dashes"),
-            ),
-            True,
-        ),
-    )
+    return Panel("Staleness", "content chunk L", "difference of outputs from L = 1", tuple(lines), True, True)
+
+
+def _time_panel(title: str, timings: Sequence[Timing], named: bool) -> Panel:
+    """Draw what was measured of each backend, `named` or not; the first's fit, and its time without a content gate."""
+    backends = list(dict.fromkeys(t.backend for t in timings))
+    first = [t for t in timings if t.L and t.backend == backends[0]]
+    a, b = fit_time(first)
+    x = tuple(float(t.L) for t in first)
+    lines = []
+    for backend in backends:
+        mine = [t for t in timings if t.L and t.backend == backend]
+        lines.append(
+            Line(
+                f"measured, {backend}" if named else "measured",
+                tuple(float(t.L) for t in mine),
+                tuple(t.seconds for t in mine),
+                "points",
+            )
+        )
+    lines.append(Line("fitted a + b / L", x, tuple(a + b / L for L in x), "dashes"))
+    off = next((t.seconds for t in timings if not t.L), None)
+    if off is not None:
+        lines.append(Line("no content gate", (x[0], x[-1]), (off, off), "dashes"))
+    return Panel(title, "content chunk L", "seconds, forward and backward", tuple(lines), True, len(backends) > 1)

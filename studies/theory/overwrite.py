@@ -3,7 +3,7 @@
 The paper's Definition 6, with key and value in one token, so that what is learned is what to do with a full memory and
 not how to bind two tokens. A model of one mixer comes with it. May import mixers and training.
 
-Shapes: B batch, T time, n pairs, m overwrites, p queries, d model width.
+Shapes: B batch, T time, n pairs, m overwrites, p queries (of all rounds), d model width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ WRITE, OVERWRITE, QUERY = 0, 1, 2  # what a token does; an overwrite is a flagge
 
 @dataclass(frozen=True)
 class Overwrite:
-    """`pairs` of `keys` and `values`, `overwrites` of them written anew, then `queries` draws of keys.
+    """`rounds` one after another of `pairs` of `keys` and `values`, `overwrites` of them written anew, then `queries`.
+
+    Each round draws keys and values of its own; what earlier rounds wrote is never asked for again.
 
     `skew` is the exponent of the law by which queries choose among the pairs in random order: 0 asks for every pair
     alike, 1.5 mostly for a few. A token's id is `(kind * keys + key) * values + value`.
@@ -35,6 +37,7 @@ class Overwrite:
     keys: int = 32
     values: int = 16
     skew: float = 0.0
+    rounds: int = 1
     examples: int = 256
     metric: str = "accuracy"
     maximise: bool = True
@@ -45,13 +48,18 @@ class Overwrite:
 
     @property
     def length(self) -> int:
-        return self.pairs + self.overwrites + self.queries
+        return self.rounds * (self.pairs + self.overwrites + self.queries)
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
         return self.sample(batch_size, generator)[0]
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Draw `count` sequences; with them, which queries `[B, p]` ask for a key that was overwritten."""
+        """Draw `count` sequences; with them, which of all rounds' queries `[B, p]` ask for an overwritten key."""
+        drawn = [self._round(count, generator) for _ in range(self.rounds)]
+        ids, labels, changed = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
+        return Batch(ids, labels), changed
+
+    def _round(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         n, m = self.pairs, self.overwrites
         keys = torch.rand(count, self.keys, generator=generator).argsort(1)[:, :n]
         values = torch.randint(self.values, (count, n), generator=generator)
@@ -70,7 +78,7 @@ class Overwrite:
         ids = torch.cat(parts, dim=1)
         labels = torch.full_like(ids, IGNORED)
         labels[:, n + m :] = final.gather(1, asked)
-        return Batch(ids, labels), (asked[:, :, None] == changed[:, None, :]).any(2)
+        return ids, labels, (asked[:, :, None] == changed[:, None, :]).any(2)
 
     def _ids(self, kind: int, keys: Tensor, values: Tensor) -> Tensor:
         return (kind * self.keys + keys) * self.values + values
@@ -78,7 +86,7 @@ class Overwrite:
     def evaluate(self, model: nn.Module, device: torch.device, quick: bool = False) -> dict[str, float]:
         batch, changed = self.sample(self.examples, torch.Generator().manual_seed(20260625))
         guess = model(batch.ids.to(device)).logits.argmax(-1).cpu()
-        right = (guess == batch.labels)[:, -self.queries :]
+        right = (guess == batch.labels)[batch.labels != IGNORED].view(changed.shape)
         return {
             "accuracy": float(right.double().mean()),
             "overwritten": float(right[changed].double().mean()),

@@ -26,7 +26,8 @@ from hybridzoo.studies.theory.result import FAILS, HOLDS, OPEN, UNSEEN, Panel, R
 THEORY = "theory.json"
 COLOURS: dict[Verdict, str] = {HOLDS: "green", FAILS: "red", UNSEEN: "red", OPEN: "yellow"}
 ROWS = 24  # of a table, on a terminal; the file has all
-_HUES = ("#1f4e8c", "#c5482f", "#3fa58c", "#d8a03a", "#7a4fa3", "#4a5568", "#c2558f", "#2b83a8", "#8a5a2b", "#4d7f2d")
+_HUES = ("#1f4e8c", "#c5482f", "#3fa58c", "#d8a03a", "#7a4fa3", "#4a5568", "#c2558f", "#2b83a8", "#8a5a2b", "#4d7f2d",
+         "#111111", "#b39b00", "#8f8f8f", "#00a3e0")  # fmt: skip
 
 
 def show(console: Console, result: Result) -> None:
@@ -108,7 +109,7 @@ def write_results(folder: str | os.PathLike[str], results: Sequence[Result], set
             "size": settings.size,
             "seed": settings.seed,
             "study": None if settings.study is None else str(settings.study),
-            "environment": environment("cpu"),
+            "environment": environment(settings.resolve_device().type),
             "probes": [plain(result.to_dict()) for result in results],
         },
     )
@@ -125,15 +126,21 @@ def plain(data: Any) -> Any:
 
 
 def draw(result: Result) -> Any:
-    """Draw a probe's panels side by side, with one legend for all lines of the figure."""
+    """Draw a probe's panels side by side, from four on in two rows, with one legend for all lines of the figure."""
     from matplotlib.figure import Figure
 
     number = len(result.panels)
-    figure = Figure(figsize=(min(5.2 * number + 0.6, 11.4) if number > 1 else 7.2, 4.6), layout="constrained", dpi=150)
+    rows = 1 if number < 4 else 2
+    columns = -(-number // rows)
+    width = min(5.2 * columns + 0.6, 11.4) if number > 1 else 7.2
+    figure = Figure(figsize=(width, 4.6 if rows == 1 else 7.8), layout="constrained", dpi=150)
     labels = list(dict.fromkeys(line.label for panel in result.panels for line in panel.lines if line.label))
     colours = {label: _HUES[i % len(_HUES)] for i, label in enumerate(labels)}
     handles: dict[str, Any] = {}
-    for axes, panel in zip(figure.subplots(1, number, squeeze=False)[0], result.panels, strict=True):
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places[number:]:
+        axes.remove()
+    for axes, panel in zip(places, result.panels, strict=False):
         _draw_panel(axes, panel, colours, handles)
     legend_below(figure, handles.values(), columns=3)
     return figure
@@ -155,6 +162,8 @@ def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str], handles: dict[
             linewidth=1.4,
             label=line.label,
         )
+        if line.spans:
+            axes.vlines(line.x, *zip(*line.spans, strict=True), color=drawn.get_color(), linewidth=1.2)
         if line.label:
             handles.setdefault(line.label, drawn)
     for place, word in panel.marks:

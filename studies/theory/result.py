@@ -1,8 +1,8 @@
 """What a probe hands back: claims, what was measured, verdicts; plain data that the renderer and the tests read.
 
-May import tables. A verdict is about the statement as printed: a statement with a counterexample does not hold, however
-close to the truth it is, and its neighbour that does hold is said in words. Where the print was not at hand, the
-verdict is about our reading of it, and says so.
+May import tables, and torch to ask for a GPU. A verdict is about the statement as printed: a statement with a
+counterexample does not hold, however close to the truth it is, and its neighbour that does hold is said in words. Where
+the print was not at hand, the verdict is about our reading of it, and says so.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
+import torch
+
+from hybridzoo.mixers.schema import SpecError, unknown
 from hybridzoo.studies.tables import Table
 
 Verdict: TypeAlias = Literal["holds", "does not hold as printed", "does not hold as we read it", "cannot be told"]
 Size: TypeAlias = Literal["small", "default", "full"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold as printed"
@@ -29,15 +33,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much a run measures, from which seed, and whose measured ratios stand beside the paper's.
+    """How much a run measures, from which seed, where, and whose measured ratios stand beside the paper's.
 
-    `small` takes seconds in all and is for tests, `default` about two minutes on two cores, `full` several. `study` is
-    the folder of a study's run.
+    `small` takes seconds in all and is for tests, `default` some minutes on two cores, `full` some tens. `study` is the
+    folder of a study's run. `device` says whether a GPU is timed and trained on as well: `auto` where there is one.
+
+    Raises: `SpecError` for a `device` that is none of them.
     """
 
     size: Size = "default"
     seed: int = 0
     study: Path | None = None
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.device not in get_args(Device):
+            raise unknown("theory", "device", self.device, get_args(Device))
+
+    def resolve_device(self) -> torch.device:
+        """Return the device that `device` stands for here.
+
+        Raises: `SpecError` where a GPU is asked for and torch sees none.
+        """
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise SpecError("theory: device 'cuda' is asked for, but torch sees no GPU here")
+        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+
+    @property
+    def device_name(self) -> str:
+        """What a person calls the device: the GPU's own name, or `cpu`."""
+        device = self.resolve_device()
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
     def pick(self, small: T, default: T, full: T | None = None) -> T:
         """Return the value of this run's size; `full` is as `default` unless given."""
@@ -57,12 +84,16 @@ class Statement:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a picture; `kind` `points` draws marks without a line, `dashes` is for what was claimed."""
+    """One curve of a picture; `kind` `points` draws marks without a line, `dashes` is for what was claimed.
+
+    `spans`, where given, are the ends of each point's interval.
+    """
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
     kind: Literal["line", "points", "dashes"] = "line"
+    spans: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shapes: B batch, T time, K key dim, V value dim, n pairs, r content rank.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def run(
 
 def unit_keys(*shape: int, generator: torch.Generator) -> Tensor:
     """Draw directions uniformly: `shape` with the last axis of unit length."""
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=F64), dim=-1)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=F64, device=generator.device), dim=-1)
 
 
 def orthogonal_keys(batch: int, n: int, K: int, generator: torch.Generator) -> Tensor:
@@ -71,19 +71,21 @@ def started_tokens(batch: int, T: int, K: int, V: int, generator: torch.Generato
     """Draw tokens whose gates are as `carve` starts (mixers/gates.py), with logits of standard deviation `spread`.
 
     Rates uniform in [1, 16], steps log-uniform in [.001, .1] a channel, erase logits around -5, tied gates around 1/2.
+    On the generator's device.
     """
+    words: dict[str, Any] = {"generator": generator, "dtype": F64, "device": generator.device}
 
     def normal(*shape: int) -> Tensor:
-        return spread * torch.randn(*shape, generator=generator, dtype=F64)
+        return spread * torch.randn(*shape, **words)
 
-    rate = 1 + 15 * torch.rand(batch, 1, K, generator=generator, dtype=F64)
-    step = (math.log(1e-3) + math.log(100) * torch.rand(batch, 1, K, generator=generator, dtype=F64)).exp()
+    rate = 1 + 15 * torch.rand(batch, 1, K, **words)
+    step = (math.log(1e-3) + math.log(100) * torch.rand(batch, 1, K, **words)).exp()
     bias = step + torch.log(-torch.expm1(-step))
     beta = torch.sigmoid(normal(batch, T))
     return Tokens(
         q=unit_keys(batch, T, K, generator=generator),
         k=unit_keys(batch, T, K, generator=generator),
-        v=torch.randn(batch, T, V, generator=generator, dtype=F64),
+        v=torch.randn(batch, T, V, **words),
         log_decay=-rate * F.softplus(normal(batch, T, K) + bias),
         erase_logits=normal(batch, T, K) - 5,
         correct=beta,

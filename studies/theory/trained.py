@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.kernels import ContentGate
+from hybridzoo.kernels.fused.support import refusal
 from hybridzoo.mixers.delta import DeltaMixer
 from hybridzoo.studies.theory.overwrite import OneMixer, Overwrite
 from hybridzoo.studies.theory.result import Settings
@@ -29,6 +30,21 @@ SKEWED = Overwrite(pairs=16, overwrites=8, queries=16, keys=32, values=8, skew=1
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a model's one head is made: its size, its content chunk, what computes it, and where its gates start.
+
+    The erase gate starts at `erase_bias`, the readout `U2` at entries of standard deviation `readout`: as a mixer
+    starts, all but shut and not read.
+    """
+
+    head: int = HEAD
+    chunk: int = CHUNK
+    backend: str = "auto"
+    erase_bias: float = -5.0
+    readout: float = 0.0
+
+
+@dataclass(frozen=True)
 class Trained:
     """A trained model, its size and its scores."""
 
@@ -38,18 +54,37 @@ class Trained:
     loss: float
 
 
-def build(mixer: str, task: Overwrite, target: int | None = None) -> OneMixer:
-    """Build a model of one `mixer` with one head of 8 by 8; `target` parameters by the width of its readout."""
-    words: dict[str, Any] = {"n_heads": 1, "head_dim": HEAD, "conv_size": 0, "qk_init": "equal", "output_gate": "none"}
+AS_IT_STARTS = Form()
+
+
+def build(mixer: str, task: Overwrite, target: int | None = None, form: Form = AS_IT_STARTS) -> OneMixer:
+    """Build a model of one `mixer` with one head; `target` parameters by the width of its readout."""
+    words: dict[str, Any] = {
+        "n_heads": 1,
+        "head_dim": form.head,
+        "conv_size": 0,
+        "qk_init": "equal",
+        "output_gate": "none",
+        "backend": form.backend,
+    }
     if mixer.startswith("carve"):
-        words |= {"content_chunk": CHUNK, "content_rank": RANK}
+        words |= {"content_chunk": form.chunk, "content_rank": RANK, "erase_bias_init": form.erase_bias}
     state = torch.random.get_rng_state()
     model = OneMixer(mixer, task, D_MODEL, WIDTH, **words)
-    if target is None:
-        return model
-    width = WIDTH + round((target - count(model)) / (D_MODEL + task.values + 1))
-    torch.random.set_rng_state(state)
-    return OneMixer(mixer, task, D_MODEL, width, **words)
+    if target is not None:
+        width = WIDTH + round((target - count(model)) / (D_MODEL + task.values + 1))
+        torch.random.set_rng_state(state)
+        model = OneMixer(mixer, task, D_MODEL, width, **words)
+    up = content_up(model)
+    if form.readout and up is not None:
+        nn.init.normal_(up, 0.0, form.readout)  # last, so that all else starts as without it
+    return model
+
+
+def content_up(model: OneMixer) -> Tensor | None:
+    """Return `U2`, the last of what a content gate reads memory with, or None where there is no such gate."""
+    mixer = model.mixer
+    return mixer.gates.content_up if isinstance(mixer, DeltaMixer) else None
 
 
 def count(model: nn.Module) -> int:
@@ -57,16 +92,51 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@functools.lru_cache(maxsize=64)
-def train_one(mixer: str, task: Overwrite, steps: int, seed: int, like: str = "") -> Trained:
-    """Train one model from `seed`, with as many parameters as `like` has, within one unit of the readout's width."""
+@functools.lru_cache(maxsize=256)
+def train_one(
+    mixer: str,
+    task: Overwrite,
+    steps: int,
+    seed: int,
+    like: str = "",
+    form: Form = AS_IT_STARTS,
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> Trained:
+    """Train one model from `seed`, with as many parameters as `like` has, within one unit of the readout's width.
+
+    In float32 on `device`, from where it comes back to the CPU.
+    """
     with torch.random.fork_rng(devices=[]):
-        target = count(build(like or mixer, task))
+        target = count(build(like or mixer, task, form=form))
         torch.manual_seed(seed)
-        model = build(mixer, task, target)
-        config = TrainConfig(steps=steps, batch_size=32, lr=2e-2, warmup=10, seed=seed, device="cpu", weight_decay=0.0)
+        model = build(mixer, task, target, form)
+        config = TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            lr=2e-2,
+            warmup=10,
+            weight_decay=0.0,
+            seed=seed,
+            device=device,
+            amp="none",
+            compile=False,
+            graph=captures(form, torch.device(device)),
+        )
         history = train(model, task, config)
-    return Trained(model, count(model), history.metrics, history.loss[-1])
+    return Trained(model.cpu(), count(model), history.metrics, history.loss[-1])
+
+
+def captures(form: Form, device: torch.device) -> bool:
+    """Say whether a step on `device` can be replayed as a CUDA graph: only what the fused kernels take can.
+
+    The others ask the device where a content chunk stands, for which a capture has no answer.
+    """
+    if device.type != "cuda" or form.backend not in ("auto", "triton"):
+        return False
+    x = torch.empty(1, 1, 1, form.head, device=device)
+    content = ContentGate(x.new_empty(1, RANK, form.head), x.new_empty(1, form.head, RANK), form.chunk)
+    return refusal(x, x, content) is None
 
 
 def steps(settings: Settings) -> int:

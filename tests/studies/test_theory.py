@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridzoo.kernels import ContentGate
-from hybridzoo.studies.theory import boundary, capacity, chunk, gradient, separation, stability, stacks
+from hybridzoo.studies.theory import boundary, capacity, chunk, gradient, lengths, separation, stability, stacks
 from hybridzoo.studies.theory.overwrite import QUERY, OneMixer, Overwrite
 from hybridzoo.studies.theory.result import Settings
 from hybridzoo.studies.theory.rule import (
@@ -25,7 +25,18 @@ from hybridzoo.studies.theory.rule import (
     transitions,
     unit_keys,
 )
-from hybridzoo.studies.theory.trained import FITS, build, count, frozen_gates, recorded, train_one
+from hybridzoo.studies.theory.timing import median_seconds
+from hybridzoo.studies.theory.trained import (
+    FITS,
+    Form,
+    build,
+    captures,
+    content_up,
+    count,
+    frozen_gates,
+    recorded,
+    train_one,
+)
 
 SMALL = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -239,6 +250,18 @@ def test_queries_ask_for_the_latest_value_of_their_key(seed, pairs, data):
                 written.append(key)
 
 
+def test_rounds_are_drawn_one_after_another_and_ask_for_their_own_pairs():
+    once = Overwrite(pairs=4, overwrites=2, queries=4, keys=8, values=4)
+    thrice = Overwrite(pairs=4, overwrites=2, queries=4, keys=8, values=4, rounds=3)
+    generator, batch = draw(3), thrice.batch(0, 5, draw(3))
+    for part in range(3):
+        ids, labels = once.batch(0, 5, generator)
+        cut = slice(part * once.length, (part + 1) * once.length)
+        assert torch.equal(batch.ids[:, cut], ids)
+        assert torch.equal(batch.labels[:, cut], labels)
+    assert thrice.length == 3 * once.length == batch.ids.shape[1]
+
+
 def test_a_perfect_solver_of_overwrite_scores_one_and_guessing_scores_chance():
     task = Overwrite(pairs=4, overwrites=2, queries=4, keys=8, values=4, examples=400)
 
@@ -316,3 +339,136 @@ def test_no_best_length_is_told_of_one_draw():
     assert fits[0].low < fits[0].best_L < fits[0].high
     assert (fits[1].low, fits[1].high) == (None, None)
     assert "trained: not told, of one draw" in chunk._best(fits).measured
+
+
+def test_a_call_is_timed_by_the_median_and_the_first_calls_do_not_count(monkeypatch):
+    clock, calls = [0.0], []
+    takes = iter((100.0, 50.0, 3.0, 1.0, 2.0))
+
+    def call():
+        calls.append(None)
+        clock[0] += next(takes)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert median_seconds(call, torch.device("cpu"), repeats=3, warm=2) == 2.0
+    assert len(calls) == 5
+
+
+def test_what_would_be_timed_on_a_gpu_runs_here_in_pytorch_operations():
+    small, here = Settings(size="small"), torch.device("cpu")
+    rows = chunk.time_on(here, small, torch.float32)
+    assert [(row.L, row.backend, row.dtype) for row in rows] == [(L, "torch", "float32") for L in (0, 16, 32)]
+    times = boundary.time_on(here, small, torch.float32)
+    assert [row.form for row in times] == [
+        "key-axis, chunkwise (torch)",
+        boundary.KEY_LOOP,
+        boundary.LOOP,
+        boundary.MANY,
+    ]
+    assert times[0].slowdown == 1
+    assert all(row.seconds > 0 for row in (*rows, *times))
+
+
+def gpu_times(**seconds: float):
+    names = {"fused": "key-axis, chunkwise (triton)", "key": boundary.KEY_LOOP, "loop": boundary.LOOP}
+    names["many"] = boundary.MANY
+    return [boundary.Timing(64, names[n], s, s / seconds["fused"], "cuda") for n, s in seconds.items()]
+
+
+@pytest.mark.parametrize(
+    ("loop", "many", "verdict"),
+    [
+        (100.0, 10.0, "does not hold as printed"),  # an exact form that is not serial
+        (100.0, 90.0, "holds"),
+        (1.5, 1.4, "cannot be told"),
+    ],
+)
+def test_a_gpu_s_times_decide_whether_throughput_collapses(loop, many, verdict):
+    rows = gpu_times(fused=1.0, key=loop, loop=loop, many=many)
+    said = boundary._throughput(rows, "some GPU", "on this CPU")
+    assert said.verdict == verdict
+    assert "some GPU" in said.measured
+    assert "on this CPU" in said.measured
+    assert boundary._throughput([], "cpu", "on this CPU").verdict == "cannot be told"
+
+
+def test_a_gpu_s_times_decide_whether_a_longer_chunk_saves_time():
+    def timed(*seconds):
+        rows = zip((0, 16, 64), seconds, strict=True)
+        return [chunk.Timing(L, s, "cuda", b, "bfloat16") for b in ("triton", "torch") for L, s in rows]
+
+    assert chunk._saves(timed(1.0, 4.0, 2.0), "some GPU").verdict == "holds"
+    assert chunk._saves(timed(1.0, 2.0, 2.0), "some GPU").verdict == "does not hold as printed"
+    assert "triton" in chunk._saves(timed(1.0, 4.0, 2.0), "some GPU").measured
+    assert chunk._saves([], "cpu").verdict == "cannot be told"
+
+
+def test_models_of_all_lengths_start_from_the_same_weights_and_without_a_gate_nothing_is_read():
+    task = Overwrite(pairs=4, overwrites=2, queries=4, keys=8, values=4, rounds=4)
+    ids = task.batch(0, 2, draw(0)).ids
+    for start, opened in (("shut", False), ("open", True)):
+        outputs = {}
+        for L in (lengths.OFF, 1, 16):
+            torch.manual_seed(0)
+            model = build(lengths.MIXER, task, form=lengths.form_at(start, L, task))
+            assert bool(content_up(model).any()) is opened
+            outputs[L] = model(ids).logits
+            if L == lengths.OFF:
+                torch.nn.init.zeros_(content_up(model))
+                assert torch.equal(model(ids).logits, outputs[L])
+        same = float((outputs[1] - outputs[16]).detach().norm() / outputs[16].detach().norm()) < 1e-5
+        assert same is not opened
+
+
+def curve_of(*rows):
+    return dict(zip((lengths.OFF, 1, 16, 32, 64, 128), rows, strict=True))
+
+
+def judged(scores):
+    return lengths.flat_statement(scores, "shut", 16, 128, 0.0036, 4)
+
+
+def test_trained_lengths_are_flat_only_where_every_interval_lies_within_the_margin():
+    base = [0.90, 0.92, 0.91]
+    near = [[x + d for x in base] for d in (0.0001, 0.0002, -0.0001, 0.0003)]
+    assert judged(curve_of(base, base, *near)).verdict == "holds"
+    wide = [[0.80, 0.99, 0.95], *near[1:]]
+    assert judged(curve_of(base, base, *wide)).verdict == "cannot be told"
+    worse = [*near[:3], [x - 0.1 for x in base]]
+    said = judged(curve_of(base, base, *worse))
+    assert said.verdict == "does not hold as printed"
+    assert "L = 128: -10.99 %" in said.measured
+    assert judged(curve_of(*[[0.5]] * 6)).verdict == "cannot be told"
+
+
+def test_the_best_trained_length_is_told_only_between_lengths_that_are_told_from_it():
+    def found(*levels):
+        return lengths.fit_length(curve_of([0.1] * 3, *[[level - 0.001, level, level + 0.001] for level in levels]))
+
+    inside = found(0.5, 0.7, 0.9, 0.7, 0.5)
+    assert inside.verdict == "inside"
+    assert "L* = 32" in lengths.best_in_words(inside)
+    assert "flat: cannot be told (no length" in lengths.best_in_words(found(0.5, 0.5, 0.5, 0.5, 0.5))
+    edge = found(0.5, 0.6, 0.7, 0.8, 0.9)
+    assert "L = 128" in lengths.best_in_words(edge)
+    assert "beyond it nothing was measured" in lengths.best_in_words(edge)
+    assert lengths.best_statement({"shut": inside}).verdict == "holds"
+    assert lengths.best_statement({"shut": inside, "open": edge}).verdict == "cannot be told"
+
+
+def test_models_are_trained_at_every_length_and_scored_without_their_readout():
+    small = Settings(size="small", device="cpu")
+    found = lengths.curves(small, 16, 128, 0.0036)
+    rows = found.tables["trained"].rows
+    assert [row.L for row in rows if row.gate_starts == "open"] == [lengths.OFF, *lengths.lengths_of(small)]
+    assert {row.device for row in rows} == {"cpu"}
+    assert all((row.without_readout is None) is (row.L == lengths.OFF) for row in rows)
+    assert len({row.parameters for row in rows}) == 1
+    assert {statement.verdict for statement in found.statements} == {"cannot be told"}  # of one seed
+    drawn = {x for line in found.panel.lines for x in line.x}
+    assert {lengths.OFF_AT, 1, 16} <= drawn
+
+
+def test_a_step_is_captured_only_on_a_gpu_and_only_where_the_fused_kernels_take_it():
+    assert not captures(Form(head=16, chunk=16), torch.device("cpu"))
+    assert not captures(Form(head=16, chunk=16, backend="reference"), torch.device("cuda"))

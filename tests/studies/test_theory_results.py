@@ -6,6 +6,7 @@ import math
 import statistics
 
 import pytest
+import torch
 from rich.console import Console
 
 from hybridzoo.mixers.schema import SpecError
@@ -18,7 +19,10 @@ from hybridzoo.studies.theory import (
     Result,
     Settings,
     Statement,
+    boundary,
+    chunk,
     find_probes,
+    lengths,
     list_probes,
     optimality,
     run_probes,
@@ -26,7 +30,7 @@ from hybridzoo.studies.theory import (
     show_summary,
     write_results,
 )
-from hybridzoo.studies.theory.render import format_value
+from hybridzoo.studies.theory.render import draw, format_value
 from hybridzoo.studies.theory.result import FAILS, HOLDS, OPEN, UNSEEN
 
 RECURRENT = "carve"
@@ -63,17 +67,71 @@ def test_a_statement_that_was_not_seen_as_printed_is_not_judged_as_printed():
 
 
 def test_what_is_said_of_a_gpu_is_not_judged_by_the_time_of_a_cpu():
-    (result,) = run_probes(find_probes(["boundary"]), Settings(size="small"))
+    (result,) = run_probes(find_probes(["boundary"]), Settings(size="small", device="cpu"))
     (said,) = [statement for statement in result.statements if "Throughput" in statement.text]
     assert said.verdict == OPEN
     assert "on this CPU" in said.measured
     assert "times as long" in said.measured
 
 
+def test_where_there_is_a_gpu_its_times_decide_and_every_result_names_it(monkeypatch):
+    def chunks(device, settings):
+        return [chunk.Timing(L, 0.001 + 0.1 * L**-1 if L else 0.001, "cuda", "triton", "bfloat16") for L in (0, 16, 64)]
+
+    def forms(device, settings):
+        seconds = {
+            "key-axis, chunkwise (triton)": 0.002,
+            boundary.KEY_LOOP: 0.5,
+            boundary.LOOP: 0.6,
+            boundary.MANY: 0.05,
+        }
+        return [boundary.Timing(1024, name, s, s / 0.002, "cuda") for name, s in seconds.items()]
+
+    monkeypatch.setattr(Settings, "resolve_device", lambda self: torch.device("cuda"))
+    monkeypatch.setattr(Settings, "device_name", "Some GPU")
+    monkeypatch.setattr(chunk, "time_on", chunks)
+    monkeypatch.setattr(boundary, "time_on", forms)
+    monkeypatch.setattr(lengths, "captures", lambda form, device: False)
+    for result in run_probes(find_probes(["chunk", "boundary"]), Settings(size="small")):
+        assert result.facts["device"] == "Some GPU"
+        assert "Some GPU" in result.finding
+        assert [panel.title for panel in result.panels if "Some GPU" in panel.title]
+        assert "time" in result.shown
+        (judged,) = [s for s in result.statements if "Throughput" in s.text or "On a GPU" in s.text]
+        assert judged.verdict != OPEN
+        assert "Some GPU" in judged.measured
+        assert draw(result)
+
+
+def test_a_device_is_named_as_it_is_and_refused_where_it_is_not():
+    assert Settings(device="cpu").resolve_device() == torch.device("cpu")
+    assert Settings(device="cpu").device_name == "cpu"
+    assert Settings().resolve_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(SpecError, match=r"unknown device 'gpu'.*auto, cpu, cuda"):
+        Settings(device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecError, match="torch sees no GPU"):
+            Settings(device="cuda").resolve_device()
+
+
+def test_more_than_three_pictures_of_a_probe_stand_in_two_rows_with_their_intervals():
+    line = Line("line", (1.0, 2.0), (0.5, 0.6), spans=((0.4, 0.7), (0.5, 0.8)))
+    panel = Panel("title", "x", "y", (line,))
+    for number, rows in ((1, 1), (3, 1), (4, 2), (5, 2)):
+        figure = draw(made_up(HOLDS, panels=(panel,) * number))
+        assert len(figure.axes) == number
+        assert {axes.get_gridspec().nrows for axes in figure.axes} == {rows}
+        (spans,) = figure.axes[0].collections
+        assert [segment[:, 1].tolist() for segment in spans.get_segments()] == [[0.4, 0.7], [0.5, 0.8]]
+
+
 def test_every_number_reaches_the_files_and_json_holds_no_infinity(tmp_path):
-    path = write_results(tmp_path / "new", [made_up(FAILS, facts={"most": math.inf})], Settings(size="small", seed=3))
+    path = write_results(
+        tmp_path / "new", [made_up(FAILS, facts={"most": math.inf})], Settings(size="small", seed=3, device="cpu")
+    )
     data = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert (data["size"], data["seed"], data["probes"][0]["verdict"]) == ("small", 3, FAILS)
+    assert data["environment"]["device"] == "cpu"
     assert data["probes"][0]["facts"] == {"most": "inf"}
     rows = list(csv.reader((path.parent / data["probes"][0]["tables"]["t"]).read_text().splitlines()))
     assert rows == [["name", "value"], ["a", "1.5"], ["b", "inf"], ["c", ""]]
