@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from hybridzoo.mixers.caches import Copies, StateCache, copy_all, rows_of
 
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
+
+SAMPLED = 64  # values of each parameter that tell one model's weights from another's
 
 CacheLayers = tuple[tuple[StateCache, ...], ...]  # of each layer, one a mixer
 
@@ -42,9 +45,25 @@ def fingerprint(spec: Spec) -> str:
     return hashlib.sha256(repr((sizes, layers)).encode()).hexdigest()[:16]
 
 
+def weights_digest(model: HybridLM) -> str:
+    """Return a digest of the names and shapes of all parameters and of 64 values of each: what training changes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLED)][: SAMPLED + 1].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {sample.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def same_weights(one: HybridLM, other: HybridLM) -> bool:
+    """Whether two models of one stack are the same, or copies."""
+    return one is other or weights_digest(one) == weights_digest(other)
+
+
 class HybridCache:
     """All that N sequences need to go on, in every layer; `model.init_cache(n)` makes one.
 
+    model: the fingerprint of the stack, and `maker` the model itself, for as long as it is there.
     lengths: the tokens that each row has seen, on the host.
     lost: rows whose contents mean nothing: those that were not live in a decoder's step, and those of a step in place
         that failed. No call takes them until `put` or `reset` has written them anew.
@@ -52,8 +71,15 @@ class HybridCache:
     """
 
     def __init__(
-        self, layers: CacheLayers, model: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int]
+        self,
+        layers: CacheLayers,
+        model: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        lengths: Sequence[int],
+        maker: HybridLM | None = None,
     ) -> None:
+        self._maker = None if maker is None else weakref.ref(maker)
         self.layers, self.model, self.dtype, self.device = layers, model, dtype, device
         self.lengths = list(lengths)
         self.lost: set[int] = set()
@@ -63,8 +89,16 @@ class HybridCache:
         for _, part in self._parts():
             part.share(made)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maker": None}  # which is not to be copied along
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def maker(self) -> HybridLM | None:
+        """The model that this cache was made by, None where that is gone or not known."""
+        return None if self._maker is None else self._maker()
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -104,6 +138,13 @@ class HybridCache:
                 f"the cache is another model's: it was made for a stack {self.model}, and this one ({model.spec.name}) "
                 f"is {model.fingerprint}; model.init_cache(n) makes one that fits"
             )
+        if (maker := self.maker) is not model:
+            if maker is not None and not same_weights(maker, model):
+                raise ValueError(
+                    f"the cache is another model's: of the same stack as {model.spec.name} with other weights; "
+                    "model.init_cache(n) makes one that fits"
+                )
+            self._maker = weakref.ref(model)  # of a copy: compared once
         if n != len(self):
             raise ValueError(
                 f"the cache holds {len(self)} rows, and the call has {n} sequences; cache.select takes some"
@@ -167,7 +208,7 @@ class HybridCache:
 
     def _map(self, function: Callable[[Tensor], Tensor], lengths: Sequence[int], device: torch.device) -> HybridCache:
         layers = tuple(tuple(part.map(function, lengths) for part in layer) for layer in self.layers)
-        return HybridCache(layers, self.model, self.dtype, device, lengths)
+        return HybridCache(layers, self.model, self.dtype, device, lengths, self.maker)
 
     def clone(self) -> HybridCache:
         """Return a copy that shares nothing. This and other copies raise `RuntimeError` for rows that are lost."""
@@ -204,6 +245,8 @@ class HybridCache:
             raise ValueError(f"rows must be {len(other)} different ones, as many as the other cache has, got {numbers}")
         if other.model != self.model:
             raise ValueError(f"the other cache is of a stack {other.model}, this one of {self.model}")
+        if self.maker is not None and other.maker is not None and not same_weights(self.maker, other.maker):
+            raise ValueError("the other cache is of the same stack with other weights")
         if other.dtype != self.dtype:
             raise TypeError(f"the other cache is in {other.dtype}, this one in {self.dtype}")
         other.check_rows()

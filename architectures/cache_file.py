@@ -5,7 +5,6 @@ Shapes: N rows.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures.cache import HybridCache
+from hybridzoo.architectures.cache import HybridCache, weights_digest
 from hybridzoo.mixers.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -23,17 +22,6 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 HEADER = ("version", "stack", "weights", "dtype", "lengths")
-SAMPLED = 64  # values of each parameter that tell one model's weights from another's
-
-
-def weights_digest(model: HybridLM) -> str:
-    """Return a digest of the names and shapes of all parameters and of 64 values of each: what training changes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLED)][: SAMPLED + 1].double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {sample.tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _safetensors(part: str = "") -> Any:

@@ -248,7 +248,7 @@ class HybridLM(nn.Module):
         where = self.embedding.weight.device if device is None else torch.empty(0, device=device).device
         kind = dtype or self.dtype
         layers = tuple(block.init_cache(n, where, kind) for block in self._wrapped_blocks())
-        return HybridCache(layers, self.fingerprint, kind, where, [0] * n)
+        return HybridCache(layers, self.fingerprint, kind, where, [0] * n, self)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[..., V]` of `hidden [..., d_model]`."""

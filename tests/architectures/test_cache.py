@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -330,6 +332,28 @@ def test_a_bad_call_is_refused_and_leaves_the_cache_as_it_was() -> None:
     with pytest.raises(TypeError, match=r"got 1: \[1\] is one row"):
         cache.select(1)  # type: ignore[arg-type]
     assert_unchanged(cache, before, [6, 6])
+
+
+@torch.no_grad()
+def test_other_weights_of_the_same_stack_are_refused_and_a_copy_s_are_not() -> None:
+    model, other, ids = small_model(), small_model(seed=1), random_ids(11, 2, 12)
+    cache = model.init_cache(2)
+    model(ids[:, :6], state=cache)
+    before = copies(cache)
+    for taken in (cache, cache.select([0, 1]), cache.clone()):
+        with pytest.raises(ValueError, match="of the same stack as small with other weights"):
+            other(ids[:, 6:], state=taken)
+        with pytest.raises(ValueError, match="the other cache is of the same stack with other weights"):
+            taken.put([0, 1], other.init_cache(2))
+    assert_unchanged(cache, before, [6, 6])
+    whole, twin = model(ids).logits, deepcopy(model)
+    torch.testing.assert_close(twin(ids[:, 6:], state=deepcopy(cache)).logits, whole[:, 6:])
+    torch.testing.assert_close(twin(ids[:, 6:], state=cache.clone()).logits, whole[:, 6:])
+    del model
+    gc.collect()
+    assert cache.maker is None
+    torch.testing.assert_close(twin(ids[:, 6:], state=cache).logits, whole[:, 6:])
+    assert pickle.loads(pickle.dumps(cache)).lengths == cache.lengths
 
 
 @pytest.mark.parametrize(
