@@ -1,0 +1,63 @@
+"""The page on theory quotes a full run: its verdicts and figures are those of the record."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+RECORD = json.loads((ROOT / "docs" / "theory" / "full" / "theory.json").read_text(encoding="utf-8"))
+PROBES: dict[str, dict[str, Any]] = {probe["name"]: probe for probe in RECORD["probes"]}
+
+
+def measured(probe: str, text: str) -> str:
+    """What was measured for the statement that begins so."""
+    found = [one["measured"] for one in PROBES[probe]["statements"] if one["text"].startswith(text)]
+    assert len(found) == 1, (probe, text)
+    return str(found[0])
+
+
+def row(probe: str) -> str:
+    rows = re.findall(rf"^\| `{probe}` \| (.+) \|$", PAGE[PAGE.index("## What a full run found") :], re.M)
+    assert len(rows) == 1
+    return str(rows[0])
+
+
+def test_the_run_was_a_full_one_and_every_probe_has_its_verdict() -> None:
+    assert RECORD["size"] == "full"
+    minutes = sum(probe["seconds"] for probe in PROBES.values()) / 60
+    assert f"{minutes:.0f} minutes" in PAGE
+    for name, probe in PROBES.items():
+        assert row(name).startswith(f"{probe['verdict']} | ")
+
+
+def test_the_figures_are_those_of_the_record() -> None:
+    assert "K = 16, V = 4: 16 pairs exactly" in measured("capacity", "A state of K by V")
+    assert "K = 32, V = 8: 32 pairs exactly" in measured("capacity", "A state of K by V")
+    assert measured("stability", "Every token").startswith("9 of 10 settings")
+    assert "9 of 10" in row("stability")
+    for text, said in (("|dS_T/dS_t| is at most", "34 of 66"), ("|dS_T/dS_t| is at least", "12 of 66")):
+        assert said in measured("gradient", text)
+    assert "34 of 66 rows, below it in 12" in row("gradient")
+    assert "solves it to 1e-15" in measured("separation", "Token gates")
+    assert "1e-15" in row("separation")
+    told = [one for one in PROBES["separation"]["statements"] if one["text"].startswith("At equal parameters")]
+    assert [one["verdict"] for one in told] == 4 * ["cannot be told"]
+    shares = [float(share) for share in re.findall(r": ([\d.]+) %", measured("chunk", "It is 0.18"))]
+    assert f"{min(shares)} to {max(shares)} % by inputs" in row("chunk")
+    shut = next(one for one in PROBES["chunk"]["statements"] if "shut at the start" in one["text"])
+    assert shut["verdict"] == "holds"
+    assert "within 0.36 %" in shut["text"]
+    off = re.search(r"no content gate at all: ([+-][\d.]+) %", shut["measured"])
+    assert off
+    assert abs(float(off[1])) < 0.36
+    assert "costs -0.0 points where the gate started shut and +0.0 points" in PROBES["chunk"]["finding"]
+    assert "3:1 comes out best in 88%" in PROBES["optimality"]["finding"]
+    assert "88 % of redraws" in row("optimality")
+    loop = measured("boundary", "Throughput then")
+    for figure in ("92.9 times", "15.1 times"):
+        assert figure in loop
+        assert figure in row("boundary")
