@@ -403,3 +403,14 @@ def test_the_front_page_says_how_fast_models_are_served() -> None:
     )
     models = ("transformer-1.3b", "transformers Llama", "carve-hybrid-1.3b", "carve-1.3b")
     assert figures("README.md", pattern) == tuple(made[model] for model in models)
+
+
+def test_the_check_of_flash_attn_4_is_what_pytest_said() -> None:
+    said = (ROOT / "benchmarks" / "results" / "attention-flash-check.txt").read_text(encoding="utf-8")
+    found = re.search(r"^(\d+) failed, (\d+) passed, (\d+) skipped", said, re.M)
+    assert found
+    failed, passed, skipped = found.groups()
+    pattern = r"Of the (\d+) tests .{1,80} had of it then, (\d+) passed and (\d+) were skipped, .{1,80}; (\d+) failed"
+    every = str(int(failed) + int(passed) + int(skipped))
+    assert figures("docs/attention.md", pattern) == (every, passed, skipped, failed)
+    assert set(re.findall(r"test_every_head_size\[flash-\w+-(\d+)\]", said)) == {"80", "192"}
