@@ -71,12 +71,11 @@ def step_kernel(
     scale, H, HV, K, V,
     BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, NORM: tl.constexpr, INPLACE: tl.constexpr, FLOOR: tl.constexpr,
+    CONTENT: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """A program takes BV value channels of one head of one sequence.
 
-    With INPLACE S1, sum1 and mean1 are S0, sum0 and mean0, and a mean stays where it is until its chunk is full. Every
-    head of a sequence reads its count: count1 is not count0.
+    S1, sum1 and mean1 may be S0, sum0 and mean0. Every head of a sequence reads its count: count1 is not count0.
     """
     # The parts of a head next to each other: they read one row of the state after another.
     head, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -99,8 +98,7 @@ def step_kernel(
     if CONTENT > 0:
         ut = vector(u, head, K, kc, k_ok)
         total = tl.load(sum0 + at, mask=v_ok, other=0.0)
-        if not INPLACE:
-            mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
+        mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
         seen += 1
     full = seen == CONTENT
     # The compiler begins no sum before it has asked for everything; and in place no thread writes what another reads.
@@ -141,9 +139,6 @@ def step_kernel(
     if CONTENT > 0:
         total += out
         tl.store(sum1 + at, tl.where(full, 0.0, total), mask=v_ok)
-        if INPLACE:
-            tl.store(mean1 + at, total / CONTENT, mask=v_ok & full)
-        else:
-            tl.store(mean1 + at, tl.where(full, total / CONTENT, mean), mask=v_ok)
+        tl.store(mean1 + at, tl.where(full, total / CONTENT, mean), mask=v_ok)
     # One program a sequence writes it.
     tl.store(count1 + n, tl.where(full, 0, seen), mask=(hv == 0) & (part == 0))

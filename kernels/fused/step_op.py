@@ -98,23 +98,22 @@ def fused_step(
 
 
 def start(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, count: Tensor) -> None:
-    """Run the kernels on a dense `step`, writing the rest: its own S, o_sum and o_mean or none of them, and never its
-    count."""
+    """Run the kernels on a dense `step`, writing the rest. `count` is not `step.count`; the others may be its own."""
     found = step.tensors()
     found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean, "count1": count, "u": None}
     if step.chunk:
         found["u"] = step.S.new_empty(step.S.shape[:3])
-    for launch in launches_of(step, in_place=S is step.S):
+    for launch in launches_of(step):
         launch.start(step.q.device, found)
 
 
-def launches_of(step: Step, in_place: bool = False) -> list[Launch]:
+def launches_of(step: Step) -> list[Launch]:
     """The launches of a dense `step`, the same for all with its sizes, dtypes and options."""
     gates = (kind(step.log_decay), step.erase_logits is not None, kind(step.correct), kind(step.write))
     pair = None
     if step.down is not None and step.up is not None:
         pair = (step.down.shape[1], step.down.stride(0), step.up.stride(0))
-    options = (step.stored, step.norm, step.scale, step.chunk, in_place)
+    options = (step.stored, step.norm, step.scale, step.chunk)
     return _launches(step.q.shape, step.v.shape, gates, pair, dtypes_of(step.tensors().values()), *options)
 
 
@@ -129,7 +128,6 @@ def _launches(
     norm: bool,
     scale: float,
     chunk: int,
-    in_place: bool,
 ) -> list[Launch]:
     """`pair` is the content gate's rank and its strides from head to head."""
     from hybridzoo.kernels.fused.step import readout_kernel, step_kernel
@@ -149,7 +147,6 @@ def _launches(
         "STORED": stored,
         "CONTENT": chunk,
         "NORM": norm,
-        "INPLACE": in_place and chunk > 0,  # the same to all others
         "FLOOR": FLOOR,
     }
     numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}

@@ -72,7 +72,7 @@ FEW = [
 def test_a_step_compiles_without_a_spill(row: str, size: str, dtype: str, capability: int, rank: int) -> None:
     step = _step(ROWS[row], *SIZES[size], DTYPES[dtype], rank)
     ends = dict.fromkeys(("S1", "sum1", "mean1", "u"), step.S)
-    for planned in launches_of(step) + launches_of(step, in_place=True):
+    for planned in launches_of(step):
         takes = usage(planned, {**step.tensors(), "o": step.v, **ends, "count1": step.count}, capability)
         assert takes.stack == 0, takes
         assert takes.registers <= planned.options["maxnreg"], takes
