@@ -118,6 +118,8 @@ def step_kernel(
         S = S * tl.exp(tl.maximum(log_D, FLOOR))[:, None]
     if WRITE > 0:
         new = new * wt.to(tl.float32)
+    # Keys and queries of unit length are never made: what is read and written with k is scaled by 1 / |k|, what is read
+    # with q by 1 / |q|, and both lengths come with the sums that wait anyway.
     if CORRECT > 0:
         read = (et.to(tl.float32) * kt)[:, None] * (stored if STORED else S)
         if NORM:
