@@ -213,11 +213,24 @@ def flat_statement(
     return Statement(text, HOLDS if within else OPEN, said)
 
 
-def best_statement(found: Mapping[str, Optimum]) -> Statement:
-    """Judge whether one length is best after training: only between lengths on both sides of it can that be told."""
-    inside = all(one.verdict == "inside" for one in found.values())
-    said = "; ".join(f"gate {start} at the start: {best_in_words(one)}" for start, one in found.items())
-    return Statement("One chunk length is best for quality after training.", HOLDS if inside else OPEN, said)
+def best_statement(found: Mapping[str, Optimum], by_start: Mapping[str, Mapping[int, Sequence[float]]]) -> Statement:
+    """Judge whether one length is best after training: between lengths on both sides of it, and better than no gate.
+
+    A best length that no content gate at all scores as well as is one of a gate that does nothing.
+    """
+    best, said = True, []
+    for start, one in found.items():
+        words = f"gate {start} at the start: {best_in_words(one)}"
+        best = best and one.verdict == "inside"
+        if one.verdict in ("inside", "edge"):
+            scores = by_start[start]
+            level = statistics.fmean(scores[OFF])
+            gap = difference([x / level for x in scores[round(2**one.measured)]], [x / level for x in scores[OFF]])
+            words += f"; L = {2**one.measured:.0f} against no content gate at all: {100 * gap.mean:+.2f} % "
+            words += f"({100 * gap.low:+.2f} to {100 * gap.high:+.2f})"
+            best = best and gap.low > 0
+        said.append(words)
+    return Statement("One chunk length is best for quality after training.", HOLDS if best else OPEN, "; ".join(said))
 
 
 def best_in_words(one: Optimum) -> str:
@@ -261,7 +274,7 @@ def curves(settings: Settings, first: int, last: int, margin: float) -> Curves:
         },
         statements=(
             *(flat_statement(by_start[start], start, claimed[0], claimed[-1], margin, comparisons) for start in STARTS),
-            best_statement(found),
+            best_statement(found, by_start),
         ),
         panel=_panel(points, margin),
         finding=(

@@ -442,18 +442,26 @@ def test_trained_lengths_are_flat_only_where_every_interval_lies_within_the_marg
 
 
 def test_the_best_trained_length_is_told_only_between_lengths_that_are_told_from_it():
-    def found(*levels):
-        return lengths.fit_length(curve_of([0.1] * 3, *[[level - 0.001, level, level + 0.001] for level in levels]))
+    def curve(*levels, off=0.1):
+        return curve_of([off] * 3, *[[level - 0.001, level, level + 0.001] for level in levels])
 
-    inside = found(0.5, 0.7, 0.9, 0.7, 0.5)
+    def found(*levels):
+        return lengths.fit_length(curve(*levels))
+
+    risen = (0.5, 0.7, 0.9, 0.7, 0.5)
+    inside = found(*risen)
     assert inside.verdict == "inside"
     assert "L* = 32" in lengths.best_in_words(inside)
     assert "flat: cannot be told (no length" in lengths.best_in_words(found(0.5, 0.5, 0.5, 0.5, 0.5))
     edge = found(0.5, 0.6, 0.7, 0.8, 0.9)
     assert "L = 128" in lengths.best_in_words(edge)
     assert "beyond it nothing was measured" in lengths.best_in_words(edge)
-    assert lengths.best_statement({"shut": inside}).verdict == "holds"
-    assert lengths.best_statement({"shut": inside, "open": edge}).verdict == "cannot be told"
+    curves = {"shut": curve(*risen), "open": curve(0.5, 0.6, 0.7, 0.8, 0.9)}
+    assert lengths.best_statement({"shut": inside}, curves).verdict == "holds"
+    assert lengths.best_statement({"shut": inside, "open": edge}, curves).verdict == "cannot be told"
+    as_good = lengths.best_statement({"shut": inside}, {"shut": curve(*risen, off=0.9)})
+    assert as_good.verdict == "cannot be told"
+    assert "L = 32 against no content gate at all: +0.00 %" in as_good.measured
 
 
 def test_models_are_trained_at_every_length_and_scored_without_their_readout():
