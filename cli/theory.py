@@ -42,8 +42,8 @@ def theory_command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Where all randomness comes from.", min=0)] = 0,
     device: Annotated[
-        str, typer.Option(help="cpu, cuda or auto: where chunk trains, and chunk and boundary also time.")
-    ] = "auto",
+        str, typer.Option(help="cpu or cuda: where chunk trains, and chunk and boundary also time.")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print theory.json instead of text.")] = False,
 ) -> None:
     """Set what the CARVE paper claims beside what is measured here, with a verdict on each statement."""

@@ -6,7 +6,7 @@ then has decays of its own, `M_t[j]` the product of its mask up to token t, and 
     A_j[i, s] = A[i, s] M_i'[j] / M_s[j]        N[:, j] = (I + A_j)^-1 R[:, j]
 
 where i' is i with predict=decayed and i - 1 with stored. One solve cannot serve them all unless the mask is one number
-for all value channels. Times are of the CPU, and of a GPU where there is one.
+for all value channels. Times are of the CPU, and of a GPU with device cuda.
 
 Shapes: B batch, T time, H heads, K key dim, V value dim.
 """

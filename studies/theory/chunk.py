@@ -2,7 +2,7 @@
 
 Staleness is the relative difference of the outputs from those of a gate renewed at every token (L = 1), of the same
 weights on the same tokens, by the token loop in float64. Time is of the chunkwise form, forward and backward, here: on
-the CPU, and on a GPU where there is one. What models score that were trained at each length is in lengths.py.
+the CPU, and with device cuda on a GPU. What models score that were trained at each length is in lengths.py.
 
 Shapes: B batch, T time, K key dim, V value dim, L content chunk, r content rank.
 """
@@ -113,7 +113,7 @@ def probe(settings: Settings) -> Result:
     device = settings.resolve_device()
     timings = time_chunks(settings, [L for L in lengths if settings.pick(4, 8) <= L])
     on_gpu = time_on(device, settings) if device.type == "cuda" else []
-    decisive = _fastest(on_gpu) or timings  # a length is chosen for a GPU where there is one
+    decisive = _fastest(on_gpu) or timings  # a length is chosen for a GPU where one was timed
     fits = [_fit(name, stale, decisive) for name in dict.fromkeys(row.inputs for row in rows)]
     trained = curves(settings, FIRST, LAST, NEAR * CLAIMED)
     statements = (

@@ -19,7 +19,7 @@ from hybridzoo.studies.tables import Table
 
 Verdict: TypeAlias = Literal["holds", "does not hold as printed", "does not hold as we read it", "cannot be told"]
 Size: TypeAlias = Literal["small", "default", "full"]
-Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+Device: TypeAlias = Literal["cpu", "cuda"]
 
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold as printed"
@@ -36,7 +36,7 @@ class Settings:
     """How much a run measures, from which seed, where, and whose measured ratios stand beside the paper's.
 
     `small` takes seconds in all and is for tests, `default` some minutes on two cores, `full` some tens. `study` is the
-    folder of a study's run. `device` says whether a GPU is timed and trained on as well: `auto` where there is one.
+    folder of a study's run. With `device` cuda a GPU is timed and trained on as well.
 
     Raises: `SpecError` for a `device` that is none of them.
     """
@@ -44,7 +44,7 @@ class Settings:
     size: Size = "default"
     seed: int = 0
     study: Path | None = None
-    device: Device = "auto"
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
         if self.device not in get_args(Device):
@@ -55,10 +55,9 @@ class Settings:
 
         Raises: `SpecError` where a GPU is asked for and torch sees none.
         """
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
+        if self.device == "cuda" and not torch.cuda.is_available():
             raise SpecError("theory: device 'cuda' is asked for, but torch sees no GPU here")
-        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+        return torch.device(self.device)
 
     @property
     def device_name(self) -> str:
