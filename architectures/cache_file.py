@@ -5,7 +5,6 @@ Shapes: N rows.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.cache import HybridCache, weights_digest
+from hybridzoo.architectures.words import as_index
+from hybridzoo.mixers.extras import how_to_install
 from hybridzoo.mixers.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -24,13 +25,15 @@ VERSION = "1"
 HEADER = ("version", "stack", "weights", "dtype", "lengths")
 
 
-def _safetensors(part: str = "") -> Any:
+def _safetensors() -> Any:
     try:
-        return importlib.import_module(f"safetensors.{part}".rstrip("."))
+        import safetensors.torch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a cache's file needs the package safetensors, which is not installed: pip install safetensors"
+            f"a cache's file needs the package safetensors, which is not installed: {how_to_install('safetensors')}",
+            name=error.name,
         ) from error
+    return safetensors
 
 
 def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
@@ -38,7 +41,7 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
 
     Raises: as `HybridCache.check` does for another model's cache, and `RuntimeError` for one with rows that are lost.
     """
-    save_file = _safetensors("torch").save_file
+    save_file = _safetensors().torch.save_file
     cache.check(model, len(cache), cache.device)
     cache.check_rows()
     header = {
@@ -104,11 +107,11 @@ def _lengths(text: str, path: str | Path) -> list[int]:
         found = json.loads(text)
     except json.JSONDecodeError:
         found = None
-    whole = isinstance(found, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found)
-    if not whole:
+    lengths = [as_index(n) for n in found] if isinstance(found, list) else [None]
+    whole = [n for n in lengths if n is not None and n >= 0]
+    if len(whole) < len(lengths):
         raise ValueError(f"{path}: lengths must be a list of whole numbers, none below 0, is {text[:80]}")
-    lengths: list[int] = found
-    return lengths
+    return whole
 
 
 def _fill(cache: HybridCache, tensors: dict[str, Tensor], path: str | Path) -> None:

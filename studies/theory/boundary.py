@@ -25,7 +25,7 @@ from torch import Tensor
 from hybridzoo.kernels import gated_delta_rule
 from hybridzoo.studies.tables import Table
 from hybridzoo.studies.theory.result import FAILS, HOLDS, OPEN, PAPER, Line, Panel, Result, Settings, Statement
-from hybridzoo.studies.theory.rule import F64, Tokens, run, started_tokens
+from hybridzoo.studies.theory.rule import F64, Tokens, over_heads, run, started_tokens
 from hybridzoo.studies.theory.timing import WARM, fused_refusal, gpu_facts, in_words, median_seconds
 
 EXACT = 1e-10
@@ -264,7 +264,7 @@ def time_on(device: torch.device, settings: Settings, dtype: torch.dtype = torch
         mask, d_flat = (torch.randn(B * H, T, K, generator=generator, device=device) for _ in range(2))
         flat = [x.float().requires_grad_() for x in (*drawn, mask - 3) if x is not None]
         # [B, T, H] and what follows
-        heads = [x.detach().to(dtype).unflatten(0, (B, H)).transpose(1, 2).contiguous() for x in (*flat, d_flat)]
+        heads = [over_heads(x, B, H, dtype) for x in (*flat, d_flat)]
         d_heads = heads.pop()
         gates, both = [x.requires_grad_() for x in heads[:-1]], heads
         heads[-1].requires_grad_()

@@ -24,7 +24,7 @@ from hybridzoo.kernels import ContentGate, gated_delta_rule
 from hybridzoo.studies.tables import Table
 from hybridzoo.studies.theory.lengths import OFF, curves
 from hybridzoo.studies.theory.result import FAILS, HOLDS, OPEN, PAPER, Line, Panel, Result, Settings, Statement
-from hybridzoo.studies.theory.rule import F64, Tokens, run, started_tokens
+from hybridzoo.studies.theory.rule import F64, Tokens, over_heads, run, started_tokens
 from hybridzoo.studies.theory.timing import fused_refusal, gpu_facts, in_words, median_seconds
 from hybridzoo.studies.theory.trained import trained_tokens
 
@@ -202,10 +202,7 @@ def time_chunks(settings: Settings, lengths: Sequence[int]) -> list[Timing]:
     B, T, H, K = settings.pick((1, 64, 1, 8), (1, 512, 2, 32), (4, 2048, 4, 64))
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = started_tokens(B * H, T, K, K, generator)
-    inputs = [
-        None if x is None else x.unflatten(0, (B, H)).transpose(1, 2).float().contiguous().requires_grad_()
-        for x in tokens
-    ]
+    inputs = [None if x is None else over_heads(x, B, H, torch.float32).requires_grad_() for x in tokens]
     q, k, v, log_decay, erase_logits, correct, write = inputs
     gate = content_gate(K, K, 4, 1.0, generator)
     down, up = (x.float().expand(H, -1, -1).contiguous() for x in gate[:2])
@@ -238,7 +235,7 @@ def time_on(device: torch.device, settings: Settings, dtype: torch.dtype = torch
     B, T, H, K = gpu_shape(settings)
     generator = torch.Generator(device).manual_seed(settings.seed)
     leaves = [
-        None if x is None else x.to(dtype).unflatten(0, (B, H)).transpose(1, 2).contiguous().requires_grad_()
+        None if x is None else over_heads(x, B, H, dtype).requires_grad_()
         for x in started_tokens(B * H, T, K, K, generator)
     ]
     pair = [

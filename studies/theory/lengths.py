@@ -171,11 +171,11 @@ def scores_of(rows: Sequence[Model], start: str) -> dict[int, list[float]]:
     return found
 
 
-def behind(scores: Mapping[int, Sequence[float]], L: int, confidence: float) -> Summary:
-    """Return the paired difference of `L` to the shortest length, in shares of the mean score there."""
-    shortest = min(other for other in scores if other)
-    level = statistics.fmean(scores[shortest])
-    return difference([x / level for x in scores[L]], [x / level for x in scores[shortest]], confidence)
+def behind(scores: Mapping[int, Sequence[float]], L: int, confidence: float = 0.95, base: int | None = None) -> Summary:
+    """Return the paired difference of `L` to `base`, the shortest length unless given, in shares of the mean there."""
+    other = scores[min(L for L in scores if L) if base is None else base]
+    level = statistics.fmean(other)
+    return difference([x / level for x in scores[L]], [x / level for x in other], confidence)
 
 
 def fit_length(scores: Mapping[int, Sequence[float]]) -> Optimum:
@@ -198,7 +198,7 @@ def flat_statement(
         f"as those of {shortest} do, within {100 * margin:.2g} %."
     )
     gaps = {L: behind(scores, L, 1 - 0.05 / comparisons) for L in scores if first <= L <= last and shortest < L}
-    off = 100 * behind(scores, OFF, 0.95).mean
+    off = 100 * behind(scores, OFF).mean
     if any(gap.n < 2 for gap in gaps.values()):
         return Statement(text, OPEN, "one seed bounds nothing")
     said = "; ".join(
@@ -223,9 +223,7 @@ def best_statement(found: Mapping[str, Optimum], by_start: Mapping[str, Mapping[
         words = f"gate {start} at the start: {best_in_words(one)}"
         best = best and one.verdict == "inside"
         if one.verdict in ("inside", "edge"):
-            scores = by_start[start]
-            level = statistics.fmean(scores[OFF])
-            gap = difference([x / level for x in scores[round(2**one.measured)]], [x / level for x in scores[OFF]])
+            gap = behind(by_start[start], round(2**one.measured), base=OFF)
             words += f"; L = {2**one.measured:.0f} against no content gate at all: {100 * gap.mean:+.2f} % "
             words += f"({100 * gap.low:+.2f} to {100 * gap.high:+.2f})"
             best = best and gap.low > 0

@@ -56,6 +56,11 @@ def run(
     return o[:, :, 0], state.S[:, 0]
 
 
+def over_heads(x: Tensor, B: int, H: int, dtype: torch.dtype) -> Tensor:
+    """Lay sequences `[B H, T, ...]` out as heads `[B, T, H, ...]`, a leaf of its own."""
+    return x.detach().to(dtype).unflatten(0, (B, H)).transpose(1, 2).contiguous()
+
+
 def unit_keys(*shape: int, generator: torch.Generator) -> Tensor:
     """Draw directions uniformly: `shape` with the last axis of unit length."""
     return F.normalize(torch.randn(*shape, generator=generator, dtype=F64, device=generator.device), dim=-1)
