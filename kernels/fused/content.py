@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from hybridzoo.kernels.fused.gradients import gradients_of_block
-from hybridzoo.kernels.fused.places import block_at, chunk_row, content_chunks, grid_ends, sequence, state_of
+from hybridzoo.kernels.fused.places import begun, block_at, chunk_row, content_chunks, grid_ends, sequence, state_of
 from hybridzoo.kernels.fused.prepare import prepare_block
 from hybridzoo.kernels.fused.scan import scan_blocks
 from hybridzoo.kernels.fused.scan_back import scan_back_blocks
@@ -120,9 +120,7 @@ def forward_kernel(
     v_ok = vc < V
     v_at = head.to(tl.int64) * V + vc
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    S = tl.load(S0 + ends_at, mask=ends_ok, other=0.0)
-    o_sum = tl.load(sum0 + v_at, mask=v_ok, other=0.0)
-    mean = tl.load(mean0 + v_at, mask=v_ok, other=0.0)
+    S, o_sum, mean = begun(S0, ends_at, ends_ok), begun(sum0, v_at, v_ok), begun(mean0, v_at, v_ok)
     met = 0
     for chunk in range(chunks):
         first = chunk * SPAN
@@ -145,9 +143,10 @@ def forward_kernel(
         if seen + length >= (chunk + 1) * CONTENT:
             mean = o_sum / CONTENT
             o_sum = tl.zeros((BV,), tl.float32)
-    tl.store(S1 + ends_at, S, mask=ends_ok)
-    tl.store(sum1 + v_at, o_sum, mask=v_ok)
-    tl.store(mean1 + v_at, mean, mask=v_ok)
+    if S1 is not None:
+        tl.store(S1 + ends_at, S, mask=ends_ok)
+        tl.store(sum1 + v_at, o_sum, mask=v_ok)
+        tl.store(mean1 + v_at, mean, mask=v_ok)
 
 
 @triton.jit
@@ -201,8 +200,7 @@ def backward_kernel(
     v_ok = vc < V
     v_at = head.to(tl.int64) * V + vc
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    dS = tl.load(dS1 + ends_at, mask=ends_ok, other=0.0)
-    d_mean = tl.load(dmean1 + v_at, mask=v_ok, other=0.0)
+    dS, d_mean = begun(dS1, ends_at, ends_ok), begun(dmean1, v_at, v_ok)
     met = 0
     for back in range(low, high):
         chunk = low + high - 1 - back
@@ -211,7 +209,7 @@ def backward_kernel(
         chunk_at = readouts + row * (V + K + 2 * RANK)
         shared = d_mean / CONTENT
         if chunk == left_open:
-            shared = tl.load(dsum1 + v_at, mask=v_ok, other=0.0)
+            shared = begun(dsum1, v_at, v_ok)
         else:
             d_mean = tl.zeros((BV,), tl.float32)
         tl.store(d_sum + v_at, shared, mask=v_ok)
@@ -243,5 +241,6 @@ def backward_kernel(
             du_blocks, du_rows + row * (K + RANK), chunk_at + V + K, down, up, n, hv, vc, HV, K, V, part == 0, SPAN, BK,
             BR, RANK,
         )  # fmt: skip
-    tl.store(dS0 + ends_at, dS, mask=ends_ok)
-    tl.store(dmean0 + v_at, d_mean, mask=v_ok)
+    if dS0 is not None:
+        tl.store(dS0 + ends_at, dS, mask=ends_ok)
+        tl.store(dmean0 + v_at, d_mean, mask=v_ok)

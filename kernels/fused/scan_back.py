@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence, state_of
+from hybridzoo.kernels.fused.places import begun, grid_ends, rows_of, scratch_slot, sequence, state_of
 from hybridzoo.kernels.fused.tile import mm
 
 
@@ -79,10 +79,11 @@ def scan_back_kernel(
     _, end = grid_ends(seen, length, C)
     vc = part * BV + tl.arange(0, BV)
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    dS = tl.load(dS1 + ends_at, mask=ends_ok, other=0.0)
+    dS = begun(dS1, ends_at, ends_ok)
     dS = scan_back_blocks(
         dS, None, W, qE, kZ, P, X, total, do, dstates, dnews, first, tl.minimum(first + count, end), n, start, length,
         seen, base, first, count, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, PLAIN, 0,
         VARLEN, MODE, STAGES,
     )  # fmt: skip
-    tl.store(dS0 + ends_at, dS, mask=ends_ok)
+    if dS0 is not None:
+        tl.store(dS0 + ends_at, dS, mask=ends_ok)
