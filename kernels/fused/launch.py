@@ -6,6 +6,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
@@ -111,6 +112,12 @@ def _nothing(**changes: Any) -> None:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make `device` the current one, which launches go to."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start there before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def flags(form: Form) -> dict[str, Any]:

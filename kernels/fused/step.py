@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridzoo.kernels.fused.tile import mm, softplus, tanh
 
@@ -42,13 +43,16 @@ def sums(x, y):
 def readout_kernel(
     mean, count0, down, up, u, count1, N, HV, K, V, down_head, up_head,
     BN: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, CONTENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`u [N HV, K]`, what a content gate adds to the erase logits (CARVE eq. 7), and the counts with the new token: a
     program takes BN sequences of a head and D of its key channels.
 
     Ahead of the step, since it takes every channel of a head's mean, and all heads of a sequence read its count. count1
-    may be count0.
+    may be count0. With EARLY the step may start as soon as all programs of this kernel have.
     """
+    if EARLY:
+        gdc_launch_dependents()
     n, hv = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
     kc, rc = tl.program_id(2) * D + tl.arange(0, D), tl.arange(0, BR)
     n_ok, k_ok, r_ok = (n < N)[:, None], (kc < K)[None, :], rc < RANK
@@ -75,7 +79,7 @@ def step_kernel(
     scale, H, HV, K, V,
     BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr,
+    CONTENT: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program takes BV value channels of one head of one sequence.
 
@@ -100,11 +104,13 @@ def step_kernel(
     if ERASE:
         zt = vector(z, head, K, kc, k_ok)
     if CONTENT > 0:
-        ut = vector(u, head, K, kc, k_ok)
         total = tl.load(sum0 + at, mask=v_ok, other=0.0)
-        full = tl.load(count1 + n) == 0
         if mean0 is not None:
             mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
+        if EARLY:  # what follows, the readout's kernel writes; and it reads the mean that this one writes
+            gdc_wait()
+        ut = vector(u, head, K, kc, k_ok)
+        full = tl.load(count1 + n) == 0
     # The compiler begins no sum before it has asked for everything; and in place no thread writes what another reads.
     tl.debug_barrier()
 

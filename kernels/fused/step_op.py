@@ -20,7 +20,7 @@ from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.form import dtypes_of, kind
-from hybridzoo.kernels.fused.launch import FLOOR, Launch
+from hybridzoo.kernels.fused.launch import FLOOR, Launch, starts_early
 from hybridzoo.kernels.operators import define, dense_like
 from hybridzoo.kernels.recurrence_op import STATE, TOKENS, state_after
 from hybridzoo.kernels.state import ContentGate, DeltaState
@@ -103,7 +103,7 @@ def start(step: Step, o: Tensor, ends: Sequence[Tensor]) -> None:
     of them the step's own or none."""
     in_place = ends[0] is step.S
     found = memory_of(step, o, ends, in_place)
-    for launch in launches_of(step, in_place):
+    for launch in launches_of(step, in_place, starts_early(step.q.device)):
         launch.start(step.q.device, found)
 
 
@@ -122,13 +122,14 @@ def memory_of(step: Step, o: Tensor, ends: Sequence[Tensor], in_place: bool) -> 
     }
 
 
-def launches_of(step: Step, in_place: bool) -> list[Launch]:
-    """The launches of a dense `step`, the same for all with its sizes, dtypes and options."""
+def launches_of(step: Step, in_place: bool, early: bool) -> list[Launch]:
+    """The launches of a dense `step`, the same for all with its sizes, dtypes and options; `early` where a kernel may
+    start before the one ahead of it has ended."""
     gates = (kind(step.log_decay), step.erase_logits is not None, kind(step.correct), kind(step.write))
     pair = None
     if step.down is not None and step.up is not None:
         pair = (step.down.shape[1], step.down.stride(0), step.up.stride(0))
-    options = (step.stored, step.norm, step.scale, step.chunk, in_place)
+    options = (step.stored, step.norm, step.scale, step.chunk, in_place, early)
     return _launches(step.q.shape, step.v.shape, gates, pair, dtypes_of(step.tensors().values()), *options)
 
 
@@ -144,6 +145,7 @@ def _launches(
     scale: float,
     chunk: int,
     in_place: bool,
+    early: bool,
 ) -> list[Launch]:
     """`pair` is the content gate's rank and its strides from head to head."""
     from hybridzoo.kernels.fused.step import readout_kernel, step_kernel
@@ -164,16 +166,25 @@ def _launches(
         "CONTENT": chunk,
         "NORM": norm,
         "FLOOR": FLOOR,
+        "EARLY": early and chunk > 0,
     }
     numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}
-    schedule = {**options(WARPS), "maxnreg": REGISTERS}
+    schedule = {**options(WARPS), "maxnreg": REGISTERS, "launch_pdl": early and chunk > 0}
     step = Launch(step_kernel, (N * HV * parts,), numbers, constants, schedule, (*dtypes, in_place))
     if pair is None:
         return [step]
     rank, down_head, up_head = pair
     numbers = {"N": N, "HV": HV, "K": K, "V": V, "down_head": down_head, "up_head": up_head}
     channels = min(power(K), power(V), max(16, 2048 // power(rank)))  # of a matrix, that fit in registers
-    constants = {"BN": READERS, "BV": power(V), "BR": power(rank), "D": channels, "RANK": rank, "CONTENT": chunk}
+    constants = {
+        "BN": READERS,
+        "BV": power(V),
+        "BR": power(rank),
+        "D": channels,
+        "RANK": rank,
+        "CONTENT": chunk,
+        "EARLY": early,
+    }
     grid = (-(-N // READERS), HV, -(-K // channels))
     return [Launch(readout_kernel, grid, numbers, constants, options(WARPS), dtypes), step]
 

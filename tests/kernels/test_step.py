@@ -72,7 +72,7 @@ FEW = [
 def test_a_step_compiles_without_a_spill(row: str, size: str, dtype: str, capability: int, rank: int) -> None:
     step = _step(ROWS[row], *SIZES[size], DTYPES[dtype], rank)
     in_place = size != "256"
-    for planned in launches_of(step, in_place):
+    for planned in launches_of(step, in_place, early=capability >= 90):
         takes = usage(planned, memory_of(step, step.v, step.state if rank else (step.S,), in_place), capability)
         assert takes.stack == 0, takes
         assert takes.registers <= planned.options["maxnreg"], takes
