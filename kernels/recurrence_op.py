@@ -149,7 +149,7 @@ def state_after(ends: list[Tensor], state: DeltaState | None) -> DeltaState:
     if state is None:
         N, HV = S.shape[:2]
         state = DeltaState.zeros(N, HV, 0, 0, device=S.device, dtype=S.dtype)
-    return state._replace(S=S)
+    return DeltaState(S, *state[1:])  # compilers before torch 2.13 fail at _replace
 
 
 # Of the operators' schemas: what a token brings, and the fields of a DeltaState.

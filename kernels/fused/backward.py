@@ -67,18 +67,13 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
         found = gradients(call, form, the)
         memory = memory_of(call, form, the, room, o, d_results, {**found, "counters": counters})
         ahead, back, *steps = [launch.starter(memory) for launch in the.launches]
-        goes_on: dict[str, Tensor | None] = {}
         for at in reversed(range(the.windows)):
             place = window(at * the.span, the.span)
+            counts = {} if counters is None else {"counters": counters[at]}
             ahead(**place)
-            if counters is not None:
-                goes_on["counters"] = counters[at]
-            back(**place, **goes_on)
+            back(**place, **counts, later=int(at + 1 < the.windows))
             for step in steps:
                 step(**place)
-            goes_on = {"dS1": found["dS0"]}  # where the window after ended
-            if form.chunk:
-                goes_on["dmean1"] = found["dmean0"]
         du_rows = found["du_rows"]
         d_down, d_up = (None, None) if du_rows is None else _content_gradients(form, room[1], du_rows)
         return [
@@ -103,14 +98,13 @@ def plan(form: Form) -> Plan:
         windows = min(blocks, form.segments or min(MOST_WINDOWS, blocks * form.N * form.HV // LEAST_OF_A_WINDOW))
     span = max(1, -(-blocks // (unit * max(1, windows)))) * unit
     windows = max(1, -(-blocks // span))
-    kinds = (*form.kinds, windows > 1)  # where the state's gradient is there whether or not it is given and asked for
     launches = [prepare(form, cut, span, keep=True, again=True)]
     if form.chunk:
         own = {"STATES_K": cut.states_k, "STATES_V": cut.states_v, "PAIRS_K": cut.pairs_k}
-        launches += [chunks(backward_kernel, form, cut, span, own, kinds)]
+        launches += [chunks(backward_kernel, form, cut, span, own, later=0)]
     else:
         steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
-        launches += [scan(scan_back_kernel, form, cut, span, {}, kinds)]
+        launches += [scan(scan_back_kernel, form, cut, span, {}, later=0)]
         launches += [_gradients(form, cut, span, *which) for which in steps]
     return Plan(span, windows, cut, launches, _scratch(form, cut, span), kept(form))
 
@@ -176,7 +170,6 @@ def gradients(call: Call, form: Form, the: Plan) -> dict[str, Tensor | None]:
             return like(x)
         return x.new_empty(*x.shape, parts, dtype=torch.float32 if parts > 1 else x.dtype)
 
-    started = call.S is not None or the.windows > 1  # else nobody reads the gradient of the first state
     return {
         "dq": new(form.B, form.T, form.HV, form.K, dtype=joined),
         "dk": new(form.B, form.T, form.HV, form.K, dtype=joined),
@@ -185,9 +178,9 @@ def gradients(call: Call, form: Form, the: Plan) -> dict[str, Tensor | None]:
         "dz": like(call.erase_logits),
         "de": added(call.correct),
         "dw": like(call.write),
-        "dS0": new(form.N, form.HV, form.K, form.V, dtype=torch.float32) if started else None,
+        "dS0": new(form.N, form.HV, form.K, form.V, dtype=torch.float32),
         "d_sum": new(*sums, dtype=torch.float32) if content else None,
-        "dmean0": new(*sums, dtype=torch.float32) if content and started else None,
+        "dmean0": new(*sums, dtype=torch.float32) if content else None,
         # Of a chunk's readout and of the `tanh` that leads to it: zeros where no chunk is.
         "du_rows": torch.zeros(n_rows(form), form.HV, form.K + form.rank, device=call.q.device) if content else None,
     }
@@ -204,9 +197,6 @@ def memory_of(
 ) -> Memory:
     """What the kernels read, scratch memory, and the gradients that they write, which are `found`."""
     d_o, d_S, d_sum, d_mean = d_results
-    if the.windows > 1 and not form.ends:  # a window gives them to the one before it, and the last is given zeros
-        d_S, dmean0 = call.q.new_zeros(form.N, form.HV, form.K, form.V, dtype=torch.float32), found["dmean0"]
-        d_mean = None if dmean0 is None else torch.zeros_like(dmean0)
     given = {
         **inputs(call, form, the.cut.block),
         "readouts": room[1] if form.chunk else None,

@@ -171,11 +171,11 @@ def through_readout(du_blocks, du_row, hidden_at, down, up, n, hv, vc, HV, K, V,
     return tl.sum(U1 * d_hidden[:, None], 0)
 
 
-@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count", "later"])  # a new length compiles nothing
 def backward_kernel(
     q, k, v, g, z, e, w, down, up, cu, count0, W, qE, kZ, P, X, total, counters, states, news, readouts, o, do,
     dS1, dsum1, dmean1, dstates, dnews, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_blocks, du_rows, dS0, d_sum,
-    dmean0, T, first, count, scale, H, HV, K, V,
+    dmean0, T, first, count, later, scale, H, HV, K, V,
     GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr,
     STATES_K: tl.constexpr, STATES_V: tl.constexpr, PAIRS_K: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
@@ -185,7 +185,7 @@ def backward_kernel(
     """GROUP programs a sequence and value head, each with BV of the EVERY value channels, over prepared blocks.
 
     The gradient of a mean reaches the outputs of the chunk whose mean it is, and the sum that the chunk began with.
-    What the next window needs is left where it is to find it.
+    What the window before needs is left in dS0 and dmean0, where it finds it (`later`: one after this has been there).
     """
     SPAN: tl.constexpr = CONTENT // C
     PARTS: tl.constexpr = BK // STATES_K
@@ -200,7 +200,10 @@ def backward_kernel(
     v_ok = vc < V
     v_at = head.to(tl.int64) * V + vc
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    dS, d_mean = begun(dS1, ends_at, ends_ok), begun(dmean1, v_at, v_ok)
+    if later:
+        dS, d_mean = tl.load(dS0 + ends_at, mask=ends_ok, other=0.0), tl.load(dmean0 + v_at, mask=v_ok, other=0.0)
+    else:
+        dS, d_mean = begun(dS1, ends_at, ends_ok), begun(dmean1, v_at, v_ok)
     met = 0
     for back in range(low, high):
         chunk = low + high - 1 - back
@@ -241,6 +244,5 @@ def backward_kernel(
             du_blocks, du_rows + row * (K + RANK), chunk_at + V + K, down, up, n, hv, vc, HV, K, V, part == 0, SPAN, BK,
             BR, RANK,
         )  # fmt: skip
-    if dS0 is not None:
-        tl.store(dS0 + ends_at, dS, mask=ends_ok)
-        tl.store(dmean0 + v_at, d_mean, mask=v_ok)
+    tl.store(dS0 + ends_at, dS, mask=ends_ok)
+    tl.store(dmean0 + v_at, d_mean, mask=v_ok)

@@ -62,11 +62,11 @@ def plan(form: Form, save: bool) -> Plan:
     C, span = cut.block, -(-form.T // cut.block)
     if form.chunk:
         own = {**inverse(form), "D": cut.prepare_k, "SAVE": save}
-        launches, blocks = [chunks(forward_kernel, form, cut, None, own, form.kinds)], chunk_blocks(form, C)
+        launches, blocks = [chunks(forward_kernel, form, cut, None, own)], chunk_blocks(form, C)
     else:
         own = {"WRITE": form.write, "SAVE": save}
         launches, blocks = [prepare(form, cut, span, keep=save, again=False)], window_blocks(form, C, span)
-        launches.append(scan(scan_kernel, form, cut, span, own, form.kinds))
+        launches.append(scan(scan_kernel, form, cut, span, own))
     parts = prepared(form, C, blocks)
     if not save:  # else it is kept
         parts["X"] = ((blocks, form.HV, C, C), form.kept) if form.correct else None

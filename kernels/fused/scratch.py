@@ -88,7 +88,7 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
     return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.kinds)
 
 
-def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any], kinds: tuple[Any, ...]) -> Launch:
+def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any], **more: float) -> Launch:
     """The launch of a kernel that goes through windows of `span` blocks, with what only this one is told."""
     constants = {
         **common(form),
@@ -103,12 +103,10 @@ def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any], ki
     }
     grid = (form.N * form.HV, -(-form.V // cuts.scan_v))
     schedule = options(cuts.scan_warps, cuts.scan_stages)
-    return Launch(kernel, grid, numbers(form, span), constants, schedule, kinds)
+    return Launch(kernel, grid, {**numbers(form, span), **more}, constants, schedule, form.kinds)
 
 
-def chunks(
-    kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str, Any], kinds: tuple[Any, ...]
-) -> Launch:
+def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str, Any], **more: float) -> Launch:
     """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told."""
     constants = {
         **flags(form),
@@ -125,7 +123,7 @@ def chunks(
         **own,
     }
     grid = (form.N * form.HV * cuts.group,)
-    return Launch(kernel, grid, numbers(form, span), constants, options(cuts.group_warps), kinds)
+    return Launch(kernel, grid, {**numbers(form, span), **more}, constants, options(cuts.group_warps), form.kinds)
 
 
 def inverse(form: Form) -> dict[str, str]:
