@@ -407,10 +407,14 @@ def test_the_front_page_says_how_fast_models_are_served() -> None:
 
 def test_the_check_of_flash_attn_4_is_what_pytest_said() -> None:
     said = (ROOT / "benchmarks" / "results" / "attention-flash-check.txt").read_text(encoding="utf-8")
-    found = re.search(r"^(\d+) failed, (\d+) passed, (\d+) skipped", said, re.M)
-    assert found
-    failed, passed, skipped = found.groups()
-    pattern = r"Of the (\d+) tests .{1,80} had of it then, (\d+) passed and (\d+) were skipped, .{1,80}; (\d+) failed"
-    every = str(int(failed) + int(passed) + int(skipped))
-    assert figures("docs/attention.md", pattern) == (every, passed, skipped, failed)
+    before = re.search(r"^(\d+) failed, (\d+) passed, (\d+) skipped", said, re.M)
+    since = re.search(r"^(\d+) passed, (\d+) skipped", said, re.M)
+    assert before
+    assert since
+    pattern = (
+        r"Of the (\d+) tests .{1,60} has of it, (\d+) passed and (\d+) were skipped: "
+        r".{1,120} Before they were, (\d+) of (\d+) tests failed"
+    )
+    every, once = (str(sum(map(int, run.groups()))) for run in (since, before))
+    assert figures("docs/attention.md", pattern) == (every, *since.groups(), before[1], once)
     assert set(re.findall(r"test_every_head_size\[flash-\w+-(\d+)\]", said)) == {"80", "192"}
