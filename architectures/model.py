@@ -219,7 +219,7 @@ class HybridLM(nn.Module):
         self, ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None
     ) -> Sequence[BlockState | None]:
         states: Sequence[BlockState | None] = (None,) * len(self.blocks) if state is None else state
-        if not isinstance(states, tuple | list):
+        if not isinstance(states, (tuple, list)):
             raise TypeError(f"state: expected the state of a model, got {type(states).__name__}")
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected one for each of {len(self.blocks)} layers, got {len(states)}")
@@ -400,7 +400,7 @@ def bad_parameter(model: nn.Module) -> str | None:
 def _seen(states: Sequence[BlockState | None]) -> Tensor | None:
     """The tokens `[N]` that each sequence of a state has seen; None without a state or its lengths in host memory."""
     for block in states:
-        for state in block if isinstance(block, tuple | list) else ():
+        for state in block if isinstance(block, (tuple, list)) else ():
             length = getattr(state, "length", None)
             if isinstance(length, Tensor) and length.device.type == "cpu" and length.dim() == 1:
                 return length

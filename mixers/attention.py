@@ -279,7 +279,7 @@ class Attention(TokenMixer):
 
     def _check_state(self, state: AttentionState | KVCache, n: int) -> None:
         c = self.config
-        if not isinstance(state, AttentionState | KVCache):
+        if not isinstance(state, (AttentionState, KVCache)):
             raise ValueError(
                 f"attention: expected an AttentionState, got {type(state).__name__}: another mixer's state"
             )

@@ -7,6 +7,7 @@ import ranks
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.torch_version import TorchVersion
 
 from hybridzoo.training.sharding import shard
 
@@ -22,6 +23,8 @@ def raised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 @pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", ranks.CHECKS)
 def test_over_two_processes_it_holds_that(raised: dict[str, str | None], name: str) -> None:
+    if name == "a_state_and_its_gradient_pass_between_calls" and TorchVersion(torch.__version__) < (2, 11):
+        pytest.skip(f"needs torch 2.11, got {torch.__version__}, whose FSDP2 recomputes no block of two calls")
     assert raised[name] is None, raised[name]
 
 
