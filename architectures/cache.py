@@ -8,10 +8,11 @@ Shapes: N rows.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.spec import Spec
-from hybridzoo.mixers.caches import Copies, StateCache, copy_all, rows_of
+from hybridzoo.mixers.caches import Copies, StateCache, capturing, copy_all, rows_of
 
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
 
-SAMPLED = 64  # values of each parameter that tell one model's weights from another's
+PIECE = 1 << 20  # values of a parameter that are summed at a time
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers of so many bytes
 
 CacheLayers = tuple[tuple[StateCache, ...], ...]  # of each layer, one a mixer
 
@@ -46,27 +48,35 @@ def fingerprint(spec: Spec) -> str:
 
 
 def weights_digest(model: HybridLM) -> str:
-    """Return a digest of the names and shapes of all parameters and of 64 values of each: what training changes."""
+    """Return a digest of the names, shapes, dtypes and values of all parameters: the same on every device.
+
+    Values enter by sums of their bits, each times a number of its own: whole numbers, so that no order rounds them.
+    """
     digest = hashlib.sha256()
+    factors = torch.randint(1 << 62, (PIECE,), generator=torch.Generator().manual_seed(0)) | 1
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLED)][: SAMPLED + 1].double().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {sample.tolist()}".encode())
+        bits = parameter.detach().flatten().view(BITS[parameter.element_size()])
+        times = factors.to(bits.device)
+        sums = [(piece.long() * times[: len(piece)]).sum() for piece in bits.split(PIECE)]  # wraps, and is meant to
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {torch.stack(sums).tolist()}".encode())
     return digest.hexdigest()[:16]
 
 
-def same_weights(one: HybridLM, other: HybridLM) -> bool:
-    """Whether two models of one stack are the same, or copies."""
-    return one is other or weights_digest(one) == weights_digest(other)
+def _refuse_others(models: Iterable[HybridLM], those: Iterable[HybridLM], says: str) -> None:
+    """Raise `ValueError(says)` where models of one stack are neither the same nor copies."""
+    one, other = next(iter(models), None), next(iter(those), None)
+    if one is not None and other is not None and one is not other and weights_digest(one) != weights_digest(other):
+        raise ValueError(says)
 
 
 class HybridCache:
     """All that N sequences need to go on, in every layer; `model.init_cache(n)` makes one.
 
-    model: the fingerprint of the stack, and `maker` the model itself, for as long as it is there.
+    model: the fingerprint of the stack; the model itself and copies of it that took the cache are known as well, for as
+        long as they are there.
     lengths: the tokens that each row has seen, on the host.
-    lost: rows whose contents mean nothing: those that were not live in a decoder's step, and those of a step in place
-        that failed. No call takes them until `put` or `reset` has written them anew.
+    lost: rows whose contents mean nothing: those that were not live in a decoder's step, and those of a call that
+        failed while it wrote. No call takes them until `put` or `reset` has written them anew.
     moves: how often tensors had to be moved for want of room, for whoever holds their addresses, as a CUDA graph does.
     """
 
@@ -77,28 +87,32 @@ class HybridCache:
         dtype: torch.dtype,
         device: torch.device,
         lengths: Sequence[int],
-        maker: HybridLM | None = None,
+        owners: Iterable[HybridLM] = (),
     ) -> None:
-        self._maker = None if maker is None else weakref.ref(maker)
+        self._owners = weakref.WeakSet(owners)  # all of the same weights
         self.layers, self.model, self.dtype, self.device = layers, model, dtype, device
         self.lengths = list(lengths)
         self.lost: set[int] = set()
         self.moves = 0
         self._begun: tuple[Tensor, Tensor | None] | None = None  # a call that may have written, not yet committed
+        self._writing = False  # committed in part, or not yet counted
         made: dict[Hashable, Any] = {}
         for _, part in self._parts():
             part.share(made)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maker": None}  # which is not to be copied along
+        return {name: x for name, x in self.__dict__.items() if name != "_owners"}  # which do not go along
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_owners": weakref.WeakSet()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HybridCache:
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__dict__ = copy.deepcopy(self.__getstate__(), memo) | {"_owners": weakref.WeakSet(self._owners)}
+        return made
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def maker(self) -> HybridLM | None:
-        """The model that this cache was made by, None where that is gone or not known."""
-        return None if self._maker is None else self._maker()
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -138,13 +152,10 @@ class HybridCache:
                 f"the cache is another model's: it was made for a stack {self.model}, and this one ({model.spec.name}) "
                 f"is {model.fingerprint}; model.init_cache(n) makes one that fits"
             )
-        if (maker := self.maker) is not model:
-            if maker is not None and not same_weights(maker, model):
-                raise ValueError(
-                    f"the cache is another model's: of the same stack as {model.spec.name} with other weights; "
-                    "model.init_cache(n) makes one that fits"
-                )
-            self._maker = weakref.ref(model)  # of a copy: compared once
+        if model not in self._owners:
+            says = f"the cache is another model's: of the same stack as {model.spec.name} with other weights; "
+            _refuse_others(self._owners, [model], says + "model.init_cache(n) makes one that fits")
+            self._owners.add(model)  # a copy: compared once
         if n != len(self):
             raise ValueError(
                 f"the cache holds {len(self)} rows, and the call has {n} sequences; cache.select takes some"
@@ -183,6 +194,7 @@ class HybridCache:
 
         Reads nothing on the host; `advance` counts the tokens there.
         """
+        self._writing = not capturing()  # while a graph is captured nothing is written
         copies: Copies = []
         for _, part in self._parts():
             self.moves += part.commit(copies, live)
@@ -192,23 +204,26 @@ class HybridCache:
     def discard(self) -> None:
         """Forget what a call that failed has staged: the rows stand where they did, or are `lost`.
 
-        Lost is what a step in place (one token a row, on a GPU) may have written over.
+        Lost are rows of which a part is written: by `commit`, or before it by a step in place (one token a row, on a
+        GPU).
         """
         for _, part in self._parts():
             part.discard()
-        if self._begun is not None and any(part.written_in_place(*self._begun) for _, part in self._parts()):
+        in_place = self._begun is not None and any(part.written_in_place(*self._begun) for _, part in self._parts())
+        if in_place or self._writing:
             self.lost = set(range(len(self)))
-        self._begun = None
+        self._begun, self._writing = None, False
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Count `counts [N]` more tokens."""
+        """Count `counts [N]` more tokens, which `commit` has written."""
         self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
         for _, part in self._parts():
             part.advance(counts)
+        self._writing = False
 
     def _map(self, function: Callable[[Tensor], Tensor], lengths: Sequence[int], device: torch.device) -> HybridCache:
         layers = tuple(tuple(part.map(function, lengths) for part in layer) for layer in self.layers)
-        return HybridCache(layers, self.model, self.dtype, device, lengths, self.maker)
+        return HybridCache(layers, self.model, self.dtype, device, lengths, self._owners)
 
     def clone(self) -> HybridCache:
         """Return a copy that shares nothing. This and other copies raise `RuntimeError` for rows that are lost."""
@@ -245,14 +260,14 @@ class HybridCache:
             raise ValueError(f"rows must be {len(other)} different ones, as many as the other cache has, got {numbers}")
         if other.model != self.model:
             raise ValueError(f"the other cache is of a stack {other.model}, this one of {self.model}")
-        if self.maker is not None and other.maker is not None and not same_weights(self.maker, other.maker):
-            raise ValueError("the other cache is of the same stack with other weights")
+        _refuse_others(self._owners, other._owners, "the other cache is of the same stack with other weights")
         if other.dtype != self.dtype:
             raise TypeError(f"the other cache is in {other.dtype}, this one in {self.dtype}")
         other.check_rows()
         if other is self:
             other = self.clone()  # else a row may be written before it is read
         self.reserve(max(other.lengths, default=0))
+        self.lost.update(numbers)  # until all of it is there
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             for part, source in zip(layer, theirs, strict=True):
                 part.put(written, source)
@@ -263,6 +278,7 @@ class HybridCache:
     def reset(self, rows: Sequence[int] | Tensor) -> None:
         """Make `rows` new again. Raises `IndexError` for a row that is not there."""
         freed = rows_of(rows, len(self), self.device)
+        self.lost.update(freed.numbers)  # until all of it is there
         for _, part in self._parts():
             part.reset(freed)
         for row in freed.numbers:

@@ -21,7 +21,7 @@ from hybridzoo.mixers.kv_cache import KVCache
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
 
-VERSION = "1"
+VERSION = "2"
 HEADER = ("version", "stack", "weights", "dtype", "lengths")
 
 
@@ -39,7 +39,8 @@ def _safetensors() -> Any:
 def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
     """Write `cache` of `model`, room that is not taken left out. The file replaces another only when it is whole.
 
-    Raises: as `HybridCache.check` does for another model's cache, and `RuntimeError` for one with rows that are lost.
+    Raises: as `HybridCache.check` does for another model's cache, `RuntimeError` for one with rows that are lost,
+    `ValueError` for one of no rows, and what a path that cannot be written raises.
     """
     save_file = _safetensors().torch.save_file
     cache.check(model, len(cache), cache.device)
@@ -55,9 +56,16 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, not a file")
+    if not len(cache):
+        raise ValueError(f"{path}: a cache of no rows has nothing to save")
     half = path.with_name(f".{path.name}.tmp")
-    save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
-    os.replace(half, path)
+    try:
+        save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def load_cache(path: str | Path, model: HybridLM) -> HybridCache:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.cache import HybridCache
+from hybridzoo.architectures.words import NotFinite
 
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
@@ -59,8 +60,8 @@ class Decoder:
         none of theirs into convolution tails and recurrent states.
 
         Raises: `ValueError` where a row would pass the spec's `max_context` or, with the cache in host memory, logits
-        of a live row are not finite; `RuntimeError` where a live row is lost. The cache is then as it was. A step on a
-        GPU that fails while it runs leaves its rows lost (`HybridCache.lost`).
+        of a live row are not finite; `RuntimeError` where a live row is lost. The cache is then as it was. A step
+        that fails while it writes, as one on a GPU does all along, leaves its rows lost (`HybridCache.lost`).
         """
         cache, limit = self.cache, self.model.spec.max_context
         counts = [1] * len(cache) if live is None else [int(alive) for alive in live]
@@ -76,10 +77,10 @@ class Decoder:
         self._ids.copy_(tokens.clamp(min=0)[:, None])  # -1 is a token whose logits were not finite
         try:
             logits = self._replayed() if self._graphed else self._eager()
+            cache.advance(counts)
         except BaseException:
             cache.discard()
             raise
-        cache.advance(counts)
         cache.lost.update(row for row, n in enumerate(counts) if not n)
         return logits
 
@@ -94,9 +95,9 @@ class Decoder:
 
         logits = self.model.logits(self.model.stage(self._ids, self.cache)[:, 0])
         if not logits.is_cuda:
-            alive = logits[self._live]
-            if not bool(torch.isfinite(alive).all()):
-                raise ValueError(not_finite(self.model))
+            bad = self._live & ~torch.isfinite(logits).all(-1)
+            if bool(bad.any()):
+                raise NotFinite(not_finite(self.model), bad.nonzero().flatten().tolist())
         self.cache.commit(self._live)
         return logits
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridzoo.architectures.decoding import Decoder
 from hybridzoo.architectures.prompts import Padding, as_prompts, of_array, pack
 from hybridzoo.architectures.sampling import Decode, Ending, Picker, Sampling
-from hybridzoo.architectures.words import whole
+from hybridzoo.architectures.words import NotFinite, whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def generate(
     on_tokens: is called with the new tokens `[N]` of each step, as soon as they are chosen, to show or to stop (by
         raising). A prompt that has ended repeats its `eos`, or its last token.
 
-    Returns: for `[N, T]` without lengths a tensor `[N, T + n]`, in which rows that ended early are filled with `eos`;
-    otherwise a list of N one-dimensional tensors, each ending where it ended.
+    Returns: for `[N, T]` without lengths a tensor `[N, T + n]`, in which rows that ended early are filled with `eos`,
+    without one with 0, which may be a token as well: with `lengths` rows end where they ended. Otherwise a list of N
+    one-dimensional tensors, each ending where it ended.
 
     Raises: `TypeError` for ids that are not integers and words of another kind, `ValueError` for an empty prompt, ids
     out of range, a wrong shape, more tokens than the spec's `max_context`, words out of range, and logits that are not
@@ -218,7 +219,10 @@ def prefill(model: HybridLM, prompts: list[Tensor]) -> tuple[Tensor, HybridCache
     logits = model.logits(last)
     # Of all positions, since a state holds them all; on a GPU, where it would wait, the step that is read says so.
     if not logits.is_cuda and not bool(torch.isfinite(hidden).all() & torch.isfinite(logits).all()):
-        raise ValueError(not_finite(model))
+        tokens = torch.isfinite(hidden).all(-1).flatten().split([len(prompt) for prompt in prompts])
+        bad = [row for row, each in enumerate(tokens) if not bool(each.all() & torch.isfinite(logits[row]).all())]
+        whose = f" (prompt {bad[0]} of {len(prompts)}, from 0)" if len(prompts) > 1 else ""
+        raise NotFinite(not_finite(model) + whose, bad)
     cache.commit()
     cache.advance([len(prompt) for prompt in prompts])
     return logits, cache

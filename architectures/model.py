@@ -20,6 +20,7 @@ from hybridzoo.architectures.generate import Prompts, generate
 from hybridzoo.architectures.prompts import Padding
 from hybridzoo.architectures.sampling import Decode
 from hybridzoo.architectures.spec import Spec, require_spec
+from hybridzoo.architectures.words import whole
 from hybridzoo.blocks.residual import Block, BlockState
 from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens
 from hybridzoo.mixers.memory import host_bounds, host_counts
@@ -241,14 +242,16 @@ class HybridLM(nn.Module):
     ) -> HybridCache:
         """Return a cache of `n` rows before their first token; `model(ids, state=cache)` writes into it.
 
-        Raises: `ValueError` for less than one row.
+        Raises: `ValueError` for less than one row, `TypeError` for rows that are no whole number and for a dtype that
+        is not of floating point.
         """
-        if n < 1:
-            raise ValueError(f"a cache needs at least one row, got {n}")
+        n = whole("rows of a cache", n, 1)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"a cache must be of floating point, got {dtype}")
         where = self.embedding.weight.device if device is None else torch.empty(0, device=device).device
         kind = dtype or self.dtype
         layers = tuple(block.init_cache(n, where, kind) for block in self._wrapped_blocks())
-        return HybridCache(layers, self.fingerprint, kind, where, [0] * n, self)
+        return HybridCache(layers, self.fingerprint, kind, where, [0] * n, [self])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[..., V]` of `hidden [..., d_model]`."""

@@ -10,7 +10,8 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ from hybridzoo.architectures.decoding import Decoder
 from hybridzoo.architectures.generate import check_room, prefill, refuse_unfinished
 from hybridzoo.architectures.prompts import as_prompts
 from hybridzoo.architectures.sampling import Ending, Picker, Sampling
-from hybridzoo.architectures.words import whole
+from hybridzoo.architectures.words import NotFinite, whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:
@@ -145,13 +146,15 @@ class Batcher:
 
         A request whose `Ending.decode` raises ends with this token, the error in its `Emitted`; the others go on.
 
-        Raises: `ValueError` for logits that are not finite; with the cache in host memory all is then as it was.
-        What raises after the rows have taken their tokens, as an interrupt may, ends the batcher: `tokens` still gives
-        what each request has, and later steps raise `RuntimeError`.
+        Raises: `ValueError` for logits that are not finite; with the cache in host memory it names the requests, and
+        all is then as it was: the others go on once those are removed. What raises while or after rows take their
+        tokens, as an interrupt may, ends the batcher: `tokens` still gives what each request has, and later steps raise
+        `RuntimeError`.
         """
         self._check_whole()
         # What may be refused or find no memory comes before anything is written.
-        joining, fresh, logits = self._prefilled()
+        with self._named(dict(enumerate(self._joining()))):
+            joining, fresh, logits = self._prefilled()
         if fresh is not None:
             self.cache.reserve(max(fresh.lengths))
         running = {number: row for row, number in enumerate(self._rows) if number is not None}
@@ -160,7 +163,8 @@ class Batcher:
             for number, row in running.items():
                 tokens[row] = self._requests[number].new[-1]
             given = sent(torch.tensor(tokens), self.cache.device)
-            after = self._decoder(given, [number is not None for number in self._rows])
+            with self._named({row: number for number, row in running.items()}):
+                after = self._decoder(given, [number is not None for number in self._rows])
             logits |= {number: after[row] for number, row in running.items()}
         try:
             if fresh is not None:
@@ -186,9 +190,26 @@ class Batcher:
         self._free([number for number, each in emitted.items() if each.last])
         return emitted
 
+    def _joining(self) -> list[int]:
+        """The requests that the next step lets in."""
+        return [self._waiting[i] for i in range(min(len(self._waiting), self._rows.count(None)))]
+
+    @contextmanager
+    def _named(self, requests: dict[int, int]) -> Iterator[None]:
+        """Say which request's logits were not finite, by the rows of those that run; and that a row was lost."""
+        try:
+            yield
+        except NotFinite as error:
+            numbers = [requests[row] for row in error.rows]
+            raise ValueError(f"requests {numbers}: {error}; without them (`remove`) the others go on") from None
+        except BaseException as error:
+            if self.cache.lost.intersection(row for row, number in enumerate(self._rows) if number is not None):
+                self._broken = f"{type(error).__name__}: {error}"
+            raise
+
     def _prefilled(self) -> tuple[list[int], HybridCache | None, dict[int, Tensor]]:
         """Prefill those who wait, as many as rows are free: who, their cache, and the logits after each prompt."""
-        joining = [self._waiting[i] for i in range(min(len(self._waiting), self._rows.count(None)))]
+        joining = self._joining()
         if not joining:
             return [], None, {}
         logits, fresh = prefill(self.model, [self._requests[number].prompt for number in joining])

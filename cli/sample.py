@@ -77,8 +77,8 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt and continuation as data, at the end.")] = False,
 ) -> None:
     """Go on from a prompt with a byte-level model, printing each byte as it is drawn."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:
+    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)  # bytes of any kind, as they came
+    if not given:
         raise fail("the prompt is empty: give at least one character to go on from")
     with working("loading the model"):
         import torch
@@ -88,8 +88,9 @@ def generate_command(
 
         names.import_own(imports)
         model = _load(source, overrides or [])
-    ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()[None]
+    ids = torch.frombuffer(bytearray(given), dtype=torch.uint8).long()[None]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(given)
     pieces: list[str] = []
 
     def say(piece: str) -> None:

@@ -24,6 +24,7 @@ from hybridzoo.mixers.schema import SpecError
 from hybridzoo.mixers.softmax import BACKENDS, AttentionBackend, SoftmaxRule, append_packed, attend, attend_packed
 
 MOST_TOKENS = 2**31 - 1  # what a position is counted in
+MOST_SOFTCAP, MOST_FACTOR = 1e30, 1e9  # far above any use, and in float32 still numbers whose arithmetic is finite
 
 
 class AttentionState(NamedTuple):
@@ -81,14 +82,16 @@ class AttentionConfig(MixerConfig):
         require_above_zero(self, "rope_base", "softcap", "norm_eps")
         if self.window is not None and self.window > MOST_TOKENS:
             raise SpecError(f".window: must be at most {MOST_TOKENS:,}, got {self.window:,}; null is all tokens")
+        if self.softcap is not None and self.softcap > MOST_SOFTCAP:
+            raise SpecError(f".softcap: must be at most {MOST_SOFTCAP:g}, got {self.softcap:g}; null is no soft-cap")
         if self.softcap is not None and self.backend != "auto" and not BACKENDS[self.backend].caps:
             able = ", ".join(name for name, backend in BACKENDS.items() if backend.caps)
             raise SpecError(f".backend: {self.backend!r} has no soft-cap (softcap is {self.softcap}); with one: {able}")
         self._check_scaling()
 
     def _check_scaling(self) -> None:
-        if not 1 <= self.rope_factor < float("inf"):
-            raise SpecError(f".rope_factor: must be a finite number, at least 1, got {self.rope_factor}")
+        if not 1 <= self.rope_factor <= MOST_FACTOR:
+            raise SpecError(f".rope_factor: must be a number from 1 to {MOST_FACTOR:g}, got {self.rope_factor}")
         if self.rope_scaling == "none":
             if self.rope_factor != 1:
                 raise SpecError(f".rope_factor: {self.rope_factor} needs a rope_scaling: linear, ntk or yarn")

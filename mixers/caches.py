@@ -11,6 +11,7 @@ Shapes: N rows, each a sequence.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -188,12 +189,14 @@ def rows_of(rows: Sequence[int] | Tensor, n: int, device: torch.device) -> Rows:
 
     Raises `TypeError` for anything but whole numbers, `IndexError` for a row outside 0 to n - 1.
     """
-    if isinstance(rows, int):
-        raise TypeError(f"rows must be a list of whole numbers, got {rows}: [{rows}] is one row")
-    found = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-    for row in found:
-        if not isinstance(row, int) or isinstance(row, bool):
+    given = rows.tolist() if hasattr(rows, "tolist") else rows  # a tensor, or an array
+    if isinstance(given, int):
+        raise TypeError(f"rows must be a list of whole numbers, got {given}: [{given}] is one row")
+    found = []
+    for row in given:
+        if isinstance(row, bool) or not hasattr(row, "__index__"):
             raise TypeError(f"rows must be whole numbers, got {row!r}")
-        if not 0 <= row < n:
+        found.append(operator.index(row))
+        if not 0 <= found[-1] < n:
             raise IndexError(f"row {row} is not one of the cache's {n} (0 to {n - 1})")
     return Rows(found, sent(torch.tensor(found, dtype=torch.int64), device))

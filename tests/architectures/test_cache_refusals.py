@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from small_models import assert_unchanged, copies, exact_model, random_ids
 from torch import Tensor
 
 from hybridzoo.architectures import HybridCache, HybridLM
+from hybridzoo.architectures.cache import weights_digest
 from hybridzoo.architectures.decoding import Decoder
 from hybridzoo.architectures.prompts import pack
 from hybridzoo.mixers.base import HeldState
@@ -71,7 +73,7 @@ def test_a_file_of_another_model_version_dtype_or_kind_is_refused(tmp_path: Path
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     first = next(iter(tensors))
     for changed, held, says in (
-        ({"version": "2"}, tensors, "a cache of version 2; this is version 1"),
+        ({"version": "1"}, tensors, "a cache of version 1; this is version 2"),
         ({"format": "pt"}, tensors, "not a cache"),
         ({}, {name: x for name, x in tensors.items() if name != first}, f"as '{first}'"),
         ({}, tensors | {first: tensors[first][..., :1].contiguous()}, f"'{first}' must be float64"),
@@ -127,7 +129,7 @@ def test_a_bad_call_is_refused_and_leaves_the_cache_as_it_was() -> None:
             model(call, state=state)
         assert_unchanged(cache, before, [6, 6])
     assert many.lengths == [0, 0, 0]
-    with pytest.raises(ValueError, match="a cache needs at least one row, got 0"):
+    with pytest.raises(ValueError, match="rows of a cache must be a whole number, at least 1, got 0"):
         model.init_cache(0)
     for rows, source, error, says in (
         ([0, 0], model.init_cache(2), ValueError, "2 different ones"),
@@ -160,11 +162,58 @@ def test_other_weights_of_the_same_stack_are_refused_and_a_copy_s_are_not() -> N
     whole, twin = model(ids).logits, deepcopy(model)
     torch.testing.assert_close(twin(ids[:, 6:], state=deepcopy(cache)).logits, whole[:, 6:])
     torch.testing.assert_close(twin(ids[:, 6:], state=cache.clone()).logits, whole[:, 6:])
+    torch.testing.assert_close(deepcopy(model)(ids[:, 6:], state=cache).logits, whole[:, 6:])
+    gc.collect()  # of that copy: the model is still known
+    for taken in (cache, deepcopy(cache)):
+        with pytest.raises(ValueError, match="with other weights"):
+            other(ids[:, :1], state=taken)
     del model
     gc.collect()
-    assert cache.maker is None
-    torch.testing.assert_close(twin(ids[:, 6:], state=cache).logits, whole[:, 6:])
+    assert not cache._owners
     assert pickle.loads(pickle.dumps(cache)).lengths == cache.lengths
+
+
+def test_weights_are_others_wherever_they_differ() -> None:
+    model = exact_model(torch.bfloat16)
+    found = {weights_digest(model), weights_digest(deepcopy(model))}
+    assert len(found) == 1
+    for parameter in model.parameters():
+        last = parameter.data.view(-1)[-1]
+        kept = last.clone()
+        last += 1
+        found.add(weights_digest(model))
+        last.copy_(kept)
+    assert len(found) == 1 + len(list(model.parameters()))
+
+
+def test_files_that_cannot_be_written_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exact_model()
+    cache = model.init_cache(2)
+    with pytest.raises(IsADirectoryError, match="a folder, not a file"):
+        cache.save(tmp_path, model)
+    with pytest.raises(ValueError, match=r"none: a cache of no rows has nothing to save"):
+        cache.select([]).save(tmp_path / "none", model)
+
+    def fails(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        cache.save(tmp_path / "cache", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_and_dtypes_of_any_library_are_taken_or_told() -> None:
+    cache = exact_model().init_cache(numpy.int64(3))
+    assert len(cache.select(numpy.array([2, 0]))) == len(cache.select([numpy.int64(2), 0])) == 2
+    for rows, says in ((torch.tensor(1), r"\[1\] is one row"), ([1.0], "got 1.0"), ([True], "got True")):
+        with pytest.raises(TypeError, match=says):
+            cache.select(rows)
+    for n in (2.5, True, "2"):
+        with pytest.raises(TypeError, match="rows of a cache must be a whole number, at least 1"):
+            exact_model().init_cache(n)
+    with pytest.raises(TypeError, match=r"of floating point, got torch\.int64"):
+        exact_model().init_cache(1, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +276,32 @@ def test_a_call_that_breaks_in_the_middle_leaves_the_cache_as_it_was(monkeypatch
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 7:8], state=cache)
     assert_unchanged(cache, before, [7, 7])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("part", range(4))
+def test_a_call_that_breaks_while_it_is_written_leaves_rows_that_no_call_takes(
+    part: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = exact_model(), random_ids(11, 2, 12)
+    cache, spare = model.init_cache(2), model.init_cache(2)
+    for each in (cache, spare):
+        model(ids[:, :6], state=each)
+    _, broken = list(cache._parts())[part]
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 6 : 6 + size], state=cache)
+    with pytest.raises(RuntimeError, match=r"rows \[0, 1\] of the cache are lost"):
+        model(ids[:, 6:], state=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "put", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            cache.put([1, 0], spare)
+    assert cache.lost == {0, 1}
+    cache.put([0, 1], spare)
+    torch.testing.assert_close(model(ids[:, 6:], state=cache).logits, model(ids).logits[:, 6:])
 
 
 def test_a_step_in_place_that_breaks_leaves_rows_that_no_call_takes_before_they_are_new(

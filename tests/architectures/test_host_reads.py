@@ -10,7 +10,7 @@ from small_models import small_model
 from hybridzoo.architectures import Batcher, Ending, Sampling, stream
 
 # Of a step on a CPU: its tokens, and what is looked at only in host memory (ids in range, finite logits of live rows).
-A_STEP = 1 + 3
+A_STEP = 1 + 2
 
 
 def reads_of_steps(layers: str, requests: int) -> dict[str, int]:

@@ -183,6 +183,37 @@ def test_a_decode_that_fails_ends_its_own_request_and_no_other(then: Any, error:
     assert out == {other: alone(model, [3], 9)[3:], late: alone(model, [4], 9)}
 
 
+def test_a_request_that_overflows_is_named_and_without_it_the_others_go_on() -> None:
+    model = small_model(layers="a w")
+    model.embedding.register_forward_hook(lambda _, ids, x: x.masked_fill((ids[0] == 7)[..., None], float("inf")))
+    batcher = Batcher(model, 3)
+    good = batcher.add([1, 2], 4)
+    batcher.step()
+    bad, late = batcher.add([7, 7], 4), batcher.add([3], 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"requests \[{bad}\]: the logits are not finite.*`remove`.*go on"):
+            batcher.step()
+    batcher.remove(bad)
+    found = drained(batcher)
+    assert found[late] == alone(model, [3], 4)
+    assert found[good] == alone(model, [1, 2], 4)[1:]
+    with pytest.raises(ValueError, match=r"prompt 1 of 2, from 0"):
+        model.generate([[1], [7, 7]], 2)
+
+
+def test_a_step_that_breaks_while_it_is_written_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(small_model(), 2)
+    number = batcher.add([1, 2], 9)
+    first = batcher.step()[number].token
+    monkeypatch.setattr(batcher.cache.layers[1][0], "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        batcher.step()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"a step of this batcher broke off \(KeyboardInterrupt"):
+        batcher.step()
+    assert batcher.tokens(number) == [first]
+
+
 def test_a_step_that_breaks_off_loses_no_token_and_is_the_last() -> None:
     model = small_model()
 

@@ -217,6 +217,8 @@ def test_costs_count_the_pairs_that_are_seen(window: int | None, context: int) -
         ({"head_dim": 3}, r"head_dim: rope .* got 3"),
         ({"window": 0}, r"window: must be at least 1, got 0"),
         ({"softcap": 0.0}, r"softcap: must be a finite number above 0"),
+        ({"softcap": 1e300}, r"softcap: must be at most 1e\+30, got 1e\+300"),
+        ({"rope_scaling": "ntk", "rope_factor": 1e300}, r"rope_factor: must be a number from 1 to 1e\+09"),
         (
             {"softcap": 3.0, "backend": "sdpa"},
             r"backend: 'sdpa' has no soft-cap \(softcap is 3.0\); with one: flash, flex",
