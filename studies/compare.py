@@ -103,6 +103,7 @@ def compare_studies(first: str | os.PathLike[str], second: str | os.PathLike[str
                 notes.append(said)
                 continue
             matched = _matched(first_part, second_part, task, name, only)
+            notes += [said for pair in matched if (said := _made_otherwise(*pair))]
             said = _not_paired(first_part, second_part, task) if matched else ""
             notes += filter(None, [said])
             pairs += _compared(name, task, matched, seeded=not said)
@@ -213,6 +214,17 @@ def _matched(one: Findings, other: Findings, task: str, budget: str, only: Only)
         for label in labels:
             things.setdefault(f"stack {label}{_under(budget)}", []).append(task)
     return [pairs[label] for label in mine if label in pairs]
+
+
+def _made_otherwise(first: Cell, second: Cell) -> str:
+    """Say in what two stacks of one label differ, nothing where they are made the same."""
+    one, other = first.stack, second.stack
+    if first.stack.label != second.stack.label or _make(one) == _make(other):
+        return ""
+    changed = [f"{key} {a} and {b}" for key, a, b in _apart(asdict(one.kind), asdict(other.kind))]
+    if one.pattern != other.pattern:
+        changed.insert(0, f"layers {one.pattern} and {other.pattern}")
+    return f"The stack {one.label} is not the same in the two studies: {'; '.join(changed)}."
 
 
 def _make(stack: Stack) -> str:

@@ -26,7 +26,7 @@ class Optimum:
     `inside`: at `ratio`, between measured ones, within `[low, high]`. `edge`: the best measured ratio is the first or
     last of the curve, so the curve may go on to rise beyond; `[low, high]` says how far inwards it may lie. `flat`: the
     seeds tell no ratio from the best, or the interval is the whole range, and `ratio` should not be shown. `unknown`:
-    fewer than three seeds or than three ratios; `why` says which.
+    fewer than three seeds or than three ratios, or several stacks at one of them; `why` says which.
     """
 
     verdict: Verdict
@@ -48,22 +48,27 @@ def fit_optimum(
     """Fit the best ratio of a curve; `scores[i][j]` is of `ratios[i]` and of seed j. Order does not matter.
 
     The fit is the top of the parabola through the best mean and its two neighbours, so that a cliff far off does not
-    move it; at either end of the curve it is the end itself. Of several stacks at one ratio the mean counts. The
-    interval is of curves redrawn over the seeds (`draw_means`), percentile method, and wide enough for both their
-    fitted and their best measured ratios: a parabola leans away from a cliff, and what a curve does between measured
-    ratios is not known.
+    move it; at either end of the curve it is the end itself. The interval is of curves redrawn over the seeds
+    (`draw_means`), percentile method, and wide enough for both their fitted and their best measured ratios: a parabola
+    leans away from a cliff, and what a curve does between measured ratios is not known.
 
     Raises: `ValueError` where ratios and scores are not as many.
     """
     if len(ratios) != len(scores):
         raise ValueError(f"need scores of every ratio, got {len(ratios)} ratios and {len(scores)} rows of scores")
-    places, curve = _merged(ratios, scores)
-    if not places:
+    if not ratios:
         raise ValueError("no ratios to fit")
+    rows = sorted(zip(ratios, scores, strict=True), key=lambda row: row[0])
+    places, curve = [ratio for ratio, _ in rows], [values for _, values in rows]
     sign = 1.0 if maximise else -1.0
     means = [sign * statistics.fmean(values) for values in curve]
     best = max(range(len(places)), key=lambda i: means[i])
     measured = places[best]
+    if len(set(places)) < len(places):
+        # They differ in something else as well, such as where the layers stand: neither their mean nor the best of
+        # them is what a ratio scores.
+        why = "several stacks have one ratio"
+        return Optimum("unknown", measured, places[0], places[-1], measured, why)
     if len(places) < 3:
         return Optimum("unknown", measured, places[0], places[-1], measured, "fewer than three ratios")
     grid = torch.tensor(places, dtype=torch.float64)
@@ -83,16 +88,6 @@ def fit_optimum(
     if low <= places[0] and high >= places[-1]:
         return Optimum("flat", fitted, low, high, measured, "the interval of the best ratio is the whole range")
     return Optimum("edge" if best in (0, len(places) - 1) else "inside", fitted, low, high, measured)
-
-
-def _merged(ratios: Sequence[float], scores: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
-    """Every ratio once, in order, with the mean score over its stacks for each seed."""
-    found: dict[float, list[Sequence[float]]] = {}
-    for ratio, values in zip(ratios, scores, strict=True):
-        found.setdefault(ratio, []).append(values)
-    places = sorted(found)
-    # fsum within fmean: the order of stacks at one ratio changes no digit
-    return places, [[statistics.fmean(one) for one in zip(*found[ratio], strict=True)] for ratio in places]
 
 
 def _tops(grid: Tensor, means: Tensor) -> Tensor:

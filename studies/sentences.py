@@ -148,11 +148,13 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
             f"Along the ratio of attention to {name} the means differ by {gap(shown, whole)}, and the seeds of one "
             f"stack by up to {gap(shown, noise)}: no ratio is told from the best, so flat, as far as this can tell."
         ]
+    said = [_best_ratio(shown, name, ranked), _fitted(optimum_of(curve, shown.maximise))]
+    if _several(curve):
+        return said
     jump, before, after = _largest(shown, curve)
     verb = "gains" if jump > 0 else "loses"
     return [
-        _best_ratio(shown, name, ranked),
-        _fitted(optimum_of(curve, shown.maximise)),
+        *said,
         f"Along the ratio of attention to {name}, the largest change is from {_share(before)} to {_share(after)} "
         f"attention, which {verb} {gap(shown, abs(jump))} ({score(shown, before.mean)} to "
         f"{score(shown, after.mean)}) of the {gap(shown, whole)} between the best and the worst mixture.",
@@ -162,15 +164,29 @@ def _ratio(shown: Shown, name: str, curve: Sequence[Cell]) -> list[str]:
 def _best_ratio(shown: Shown, name: str, ranked: Ranking) -> str:
     """Name the best measured ratio and those that its seeds do not tell from it."""
     best = ranked.cells[0]
-    ties = sorted({cell.stack.attention for cell in ranked.ties} - {best.stack.attention})
-    said = f"Of the mixtures of attention and {name}, that with {_share(best)} attention is {_best(ranked.cells)}"
+    ties = _tied(ranked)
+    which = f"{_share(best)} attention" + (f" ({best.stack.label})" if _several(ranked.cells) else "")
+    said = f"Of the mixtures of attention and {name}, that with {which} is {_best(ranked.cells)}"
     if _lone(ranked.cells):
         return f"{said}; one seed does not say whether by more than chance."
     if not ties and len(best.scores) < SEEDS:
         return f"{said}: no seed of another reaches one of its own."
     if not ties:
         return f"{said}: its difference from every other is significant (paired t, 5 % after Holm)."
-    return f"{said}; the seeds do not separate it from {joined([percent(share) for share in ties])}."
+    return f"{said}; the seeds do not separate it from {joined(ties)}."
+
+
+def _several(curve: Sequence[Cell]) -> bool:
+    """Whether stacks of a curve share a ratio, and so differ in something else too."""
+    return len({cell.stack.attention for cell in curve}) < len(curve)
+
+
+def _tied(ranked: Ranking) -> list[str]:
+    """The stacks that are not told from the best, by their ratio, or by name where that is not all that differs."""
+    ties = sorted(ranked.ties, key=lambda cell: cell.stack.attention)
+    if _several(ranked.cells):
+        return [f"{cell.stack.label} ({percent(cell.stack.attention)})" for cell in ties]
+    return [percent(cell.stack.attention) for cell in ties]
 
 
 def _fitted(fitted: Optimum) -> str:
@@ -210,7 +226,7 @@ def between_rows(findings: Findings, task: str) -> list[list[str]]:
 def place_of(found: Optimum) -> str:
     """Return where a curve is best as part of a sentence: `near 25 % (12.5 % to 40 %)`."""
     if found.verdict == "unknown":
-        return f"at a ratio that is not bounded ({found.why})"
+        return f"at a ratio that is not fitted ({found.why})"
     if found.verdict == "flat":
         return "at no ratio that can be told (flat)"
     at = f"near {percent(found.ratio)}" if found.verdict == "inside" else f"at the edge, {percent(found.measured)}"
@@ -235,13 +251,12 @@ def curve_rows(findings: Findings, task: str) -> list[list[str]]:
             continue
         ranked = ranking(curve, shown.maximise)
         best = ranked.cells[0]
-        ties = sorted({cell.stack.attention for cell in ranked.ties} - {best.stack.attention})
-        tied = joined([percent(share) for share in ties]) if len(best.scores) > 1 else "one seed tells none"
-        change, before, after = _largest(shown, curve)
-        sign = "+" if after.mean >= before.mean else "−"
-        moved = (
-            f"{percent(before.stack.attention)} to {percent(after.stack.attention)}: {sign}{gap(shown, abs(change))}"
-        )
+        tied = joined(_tied(ranked)) if len(best.scores) > 1 else "one seed tells none"
+        moved = "–"
+        if not _several(curve):
+            change, before, after = _largest(shown, curve)
+            ends = f"{percent(before.stack.attention)} to {percent(after.stack.attention)}"
+            moved = f"{ends}: {'+' if after.mean >= before.mean else '−'}{gap(shown, abs(change))}"
         measured = f"{percent(best.stack.attention)}: {score(shown, best.mean)}"
         rows.append([name, place_of(optimum_of(curve, shown.maximise)), measured, tied or "none", moved])
     return rows

@@ -25,6 +25,7 @@ from hybridzoo.studies.hybrids import Hybrid
 from hybridzoo.studies.tasks import build_task
 from hybridzoo.studies.tasks.answers import AnswerConfig
 from hybridzoo.training import TrainConfig
+from hybridzoo.training.config import MOST_SEED
 
 _NAME = re.compile(r"\w[\w .-]{0,99}")
 
@@ -82,11 +83,17 @@ class Tune:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        if len(set(self.lr)) < 2 or len(set(self.lr)) < len(self.lr) or min(self.lr) <= 0:
-            raise SpecError(f".lr: must be two or more distinct rates above 0, got {list(self.lr)}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise SpecError(f".seeds: must be distinct and not negative, and one at least, got {list(self.seeds)}")
+        if len(set(self.lr)) < max(2, len(self.lr)) or not all(0 < lr < float("inf") for lr in self.lr):
+            raise SpecError(f".lr: must be two or more distinct finite rates above 0, got {list(self.lr)}")
+        if not self.seeds or not _may_be_seeds(self.seeds):
+            raise SpecError(
+                f".seeds: must be distinct, from 0 to {MOST_SEED:,}, and one at least, got {list(self.seeds)}"
+            )
         object.__setattr__(self, "lr", tuple(sorted(self.lr)))
+
+
+def _may_be_seeds(seeds: Sequence[int]) -> bool:
+    return len(set(seeds)) == len(seeds) and all(0 <= seed <= MOST_SEED for seed in seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +121,8 @@ class _Written:
         for name in ("tasks", "seeds"):
             if not getattr(self, name):
                 raise SpecError(f".{name}: a study needs at least one")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise SpecError(f".seeds: must be distinct and not negative, got {list(self.seeds)}")
+        if not _may_be_seeds(self.seeds):
+            raise SpecError(f".seeds: must be distinct, from 0 to {MOST_SEED:,}, got {list(self.seeds)}")
         if self.context is not None and self.context < 1:
             raise SpecError(f".context: must be at least 1, got {self.context}")
         for path, values in self.axes.items():

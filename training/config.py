@@ -13,6 +13,8 @@ import torch
 
 from hybridzoo.mixers.schema import SpecError
 
+MOST_SEED = 2**63 - 1  # that torch's generators take
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -54,8 +56,10 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise SpecError(f".{name}: must not be negative, got {getattr(self, name)}")
         for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise SpecError(f".{name}: must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise SpecError(f".{name}: must be a finite number above 0, got {getattr(self, name)}")
+        if self.seed > MOST_SEED:
+            raise SpecError(f".seed: must be at most {MOST_SEED:,}, got {self.seed:,}")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise SpecError(f".betas: each must be in [0, 1), got {beta}")

@@ -162,8 +162,8 @@ def probe(settings: Settings) -> Result:
         finding=(
             "One shared solve is lost, as claimed, and the value-axis erase runs token by token here, "
             f"{loop.slowdown:.0f} times slower on this CPU over {longest} tokens{_on_gpu_in_words(on_gpu, where)}. But "
-            f"a chunkwise form with a solve a value channel exists ({many.slowdown:.1f} times slower on this CPU), and "
-            "neither half of necessary and sufficient holds."
+            f"a chunkwise form with a solve a value channel exists ({many.slowdown:.1f} times the key axis's time on "
+            "this CPU), and neither half of necessary and sufficient holds."
         ),
         tables={
             "solves": Table("One chunk, by what its systems share", Solve._fields, tuple(solves)),

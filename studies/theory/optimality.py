@@ -49,8 +49,8 @@ class Measured(NamedTuple):
     seeds: int
     mean: float
     behind_best: float
-    low_95: float | None
-    high_95: float | None
+    low_together: float | None
+    high_together: float | None
 
 
 def share(ratio: str) -> float:
@@ -187,21 +187,23 @@ def _measured_statements(rows: Sequence[Measured], study: Path | None) -> list[S
 
 
 def _judge(rows: Sequence[Measured]) -> Statement:
-    """Judge one curve: a quarter must be best and told apart, or be told from the best; all else is open."""
+    """Judge one curve: a quarter must be best and told from all other ratios, or all its stacks from the best."""
     best = min(rows, key=lambda row: row.behind_best)
     text = f"A quarter of attention is best: {', '.join(filter(None, rows[0][:3]))}."
     quarter = [row for row in rows if math.isclose(row.attention, share(BEST))]
     if not quarter:
         ratios = ", ".join(f"{row.attention:.3g}" for row in rows)
         return Statement(text, OPEN, f"the study has no stack with a quarter of attention (it has {ratios})")
-    told = [row for row in rows if row.low_95 is not None and row is not best and row.low_95 > 0]
-    said = f"best mean at {best.attention:.3g} ({best.mean:.4g}, {best.seeds} seeds)"
+    told = [row for row in rows if row.low_together is not None and row is not best and row.low_together > 0]
+    said = f"best mean at {best.attention:.3g} ({best.stack}, {best.mean:.4g}, {best.seeds} seeds)"
     near = [row for row in rows if row is not best and row not in told]
+    several = len({row.attention for row in rows}) < len(rows)  # which then differ in something else as well
     if near:
-        said += f"; not told from it: {', '.join(f'{row.attention:.3g}' for row in near)}"
-    if any(row in told for row in quarter):
+        names = [f"{row.attention:.3g}{f' ({row.stack})' if several else ''}" for row in near]
+        said += f"; not told from it: {', '.join(names)}"
+    if all(row in told for row in quarter):
         return Statement(text, FAILS, said)
-    return Statement(text, HOLDS if best in quarter and not near else OPEN, said)
+    return Statement(text, HOLDS if best in quarter and all(row in quarter for row in near) else OPEN, said)
 
 
 def _published_panel(spread: float) -> Panel:

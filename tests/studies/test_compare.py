@@ -101,6 +101,22 @@ def test_what_only_one_has_is_named_and_a_renamed_stack_is_found_by_its_make(put
     assert not any("carve" in thing or "attention" in thing for things in side.only for thing in things)
 
 
+def test_stacks_of_one_label_that_are_made_otherwise_are_told(put):
+    plan, results = made_up(**SMALL, name="one")
+    other = {"gdn2 0.25": "moved", "carve 0.5": "changed"}
+    stacks = []
+    for stack in plan.stacks:
+        kind = replace(stack.kind, recurrent={**stack.kind.recurrent, "gdn2.n_heads": 2})
+        change = {"moved": {"pattern": "another"}, "changed": {"kind": kind}}.get(other.get(stack.label), {})
+        stacks.append(replace(stack, **change))
+    side = compare_studies(put("a", plan, results), put("b", replace(plan, stacks=tuple(stacks)), results))
+    told = [note for note in side.to_dict()["notes"] if "not the same" in note]
+    assert told == [
+        "The stack carve 0.5 is not the same in the two studies: recurrent.gdn2.n_heads – and 2.",
+        "The stack gdn2 0.25 is not the same in the two studies: layers gdn2 0.25  and another.",
+    ]
+
+
 def test_settings_that_differ_are_listed_with_both_values(put):
     plan, results = made_up(**SMALL, name="one")
     changed = replace(plan, study={**plan.study, "name": "two", "context": 128, "train": {"lr": 0.1}})

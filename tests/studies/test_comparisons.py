@@ -96,6 +96,27 @@ def test_below_three_seeds_the_ranges_decide():
     assert all(math.isnan(one.p) for one in compared.rest)
 
 
+def test_one_seed_tells_nothing_apart():
+    assert all(one.tied for one in comparisons.with_the_best([[0.9], [0.1], [0.5]], True).rest)
+
+
+def test_the_chance_of_a_tau_with_ties_is_that_of_all_orders():
+    for x, y in (([1, 1, 2], [1, 2, 3]), ([1, 2, 2, 3, 3], [2, 1, 1, 1, 3])):
+        tau = comparisons.kendall(x, y)
+        orders = [comparisons.kendall(x, order) for order in itertools.permutations(y)]
+        expected = sum(abs(other) >= abs(tau) - 1e-9 for other in orders) / len(orders)
+        found = comparisons.rank_correlation([[value] for value in x], [[value] for value in y])
+        assert found.p == pytest.approx(expected)
+    many = [float(n // 2) for n in range(12)]
+    assert comparisons.rank_correlation([[x] for x in many], [[x] for x in many]).p < 0.001
+    draw = random.Random(3)
+    ps = []
+    for _ in range(60):
+        other = draw.sample(many, len(many))
+        ps.append(comparisons.rank_correlation([[x] for x in many], [[x] for x in other]).p)
+    assert 0.3 < sum(p < 0.5 for p in ps) / len(ps) < 0.7
+
+
 @given(st.permutations(range(5)))
 def test_comparisons_do_not_know_the_order_of_stacks(order):
     scores = scatter([0, 1, 2, 3, 9], 4, 1.0, random.Random(5))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+
+from made_up_study import made_up
 
 from hybridzoo.studies import gather
-from hybridzoo.studies.sentences import headline, training_notes
+from hybridzoo.studies.sentences import curve_rows, headline, training_notes
 
 
 def said(plan, results, task="recall"):
@@ -43,6 +46,23 @@ def test_the_best_ratio_comes_with_those_that_seeds_do_not_separate(make_results
     assert "that with 100 % attention is best on average: no seed of another reaches one of its own." in words
     words = said(*make_results(rows=apart, seeds=(0, 1, 2)))
     assert "is best on average: its difference from every other is significant (paired t, 5 % after Holm)." in words
+
+
+def test_where_stacks_share_a_ratio_they_are_named_and_no_ratio_is_fitted():
+    def score(task, family, ratio, place, budget):
+        return 0.2 + 0.3 * ratio + (0.6 if place == "first" else 0.0)
+
+    plan, results = made_up(score, families=("gdn2",), places=("first", "last"), noise=0.002)
+    unsaid = tuple(replace(stack, placement="") for stack in plan.stacks)  # layers written out, no axis of placement
+    found = gather(replace(plan, stacks=unsaid), results)
+    told = " ".join(headline(found, "recall"))
+    best, tied = found.comparable("recall"), curve_rows(found, "recall")
+    assert re.search(r"that with 50 % attention \(gdn2[^)]*first[^)]*\) is best on average", told), told
+    assert "No best ratio is fitted: several stacks have one ratio." in told
+    assert "largest change" not in told
+    assert tied[0][1] == "at a ratio that is not fitted (several stacks have one ratio)"
+    assert tied[0][-1] == "–"
+    assert len({cell.stack.attention for cell in best}) < len(best)
 
 
 def test_stacks_near_guessing_are_named_by_their_means(make_results):

@@ -71,8 +71,11 @@ def test_the_recorded_quickstart_is_of_these_stacks_and_separates_them():
     ("data", "message"),
     [
         (changed(stackz={}), r"mine\.yaml: unknown key 'stackz'.*did you mean 'stacks'\?"),
-        (changed(seeds=[0, 0]), r"mine\.yaml: seeds: must be distinct and not negative, got \[0, 0\]"),
-        (changed(seeds=[-1]), r"mine\.yaml: seeds: must be distinct and not negative"),
+        (
+            changed(seeds=[0, 0]),
+            r"mine\.yaml: seeds: must be distinct, from 0 to 9,223,372,036,854,775,807, got \[0, 0\]",
+        ),
+        (changed(seeds=[-1]), r"mine\.yaml: seeds: must be distinct, from 0 to 9,223"),
         (changed(seeds=[]), r"mine\.yaml: seeds: a study needs at least one"),
         (changed(tasks={}), r"mine\.yaml: tasks: a study needs at least one"),
         (changed(context=0), r"mine\.yaml: context: must be at least 1, got 0"),
@@ -101,7 +104,7 @@ def test_the_recorded_quickstart_is_of_these_stacks_and_separates_them():
         (changed(name="x" * 101), r"mine\.yaml: name: "),
         (changed(name="x\n"), r"mine\.yaml: name: "),
         (changed(train={"stepz": 3}), r"mine\.yaml: train.*'stepz'.*did you mean 'steps'\?"),
-        (changed(train={"lr": -1}), r"mine\.yaml: train\.lr: must be above 0, got -1"),
+        (changed(train={"lr": -1}), r"mine\.yaml: train\.lr: must be a finite number above 0, got -1"),
         (changed(train={"seed": 3}), r"mine\.yaml: train\.seed: the seeds are the study's own"),
         (changed(tasks={"r": {"type": "mqarr"}}), r"mine\.yaml: tasks\.r\.type.*'mqarr'.*did you mean 'mqar'\?"),
         (changed(tasks={"r": {"pairs": 3}}), r"mine\.yaml: tasks\.r: missing .type.; known tasks: .*mqar"),

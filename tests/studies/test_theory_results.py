@@ -45,6 +45,26 @@ def made_up(*verdicts, **fields):
     return Result(**result)
 
 
+def test_a_quarter_is_judged_by_its_best_stack():
+    def judged(**scores):
+        rows = [
+            optimality.Measured("", "recall", "gdn2", stack, share, 3, -behind, behind, behind - 0.01, behind + 0.01)
+            for stack, (share, behind) in scores.items()
+        ]
+        rows = [row._replace(low_together=None, high_together=None) if not row.behind_best else row for row in rows]
+        return optimality._judge(rows)
+
+    early_wins = judged(none=(0.0, 0.7), early=(0.25, 0.0), late=(0.25, 0.6), all=(1.0, 0.5))
+    assert early_wins.verdict == "holds"
+    assert judged(none=(0.0, 0.7), early=(0.25, 0.0), twin=(0.25, 0.005), all=(1.0, 0.5)).verdict == "holds"
+    assert judged(early=(0.25, 0.0), late=(0.25, 0.6), all=(1.0, 0.005)).verdict == "cannot be told"
+    assert judged(early=(0.25, 0.005), late=(0.25, 0.6), all=(1.0, 0.0)).verdict == "cannot be told"
+    lost = judged(early=(0.25, 0.3), late=(0.25, 0.6), half=(0.5, 0.005), all=(1.0, 0.0))
+    assert lost.verdict == "does not hold as printed"
+    assert "best mean at 1 (all, " in lost.measured
+    assert "not told from it: 0.5 (half)" in lost.measured
+
+
 @pytest.mark.parametrize(
     ("verdicts", "whole"),
     [

@@ -277,9 +277,9 @@ def test_rates_that_cannot_be_read_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("tune", "said"),
     [
-        ({"lr": [1e-3]}, "study: tune.lr: must be two or more distinct rates above 0"),
-        ({"lr": [1e-3, 1e-3]}, "study: tune.lr: must be two or more distinct rates"),
-        ({"lr": [0, 1e-3]}, "study: tune.lr: must be two or more distinct rates above 0"),
+        ({"lr": [1e-3]}, "study: tune.lr: must be two or more distinct finite rates above 0"),
+        ({"lr": [1e-3, 1e-3]}, "study: tune.lr: must be two or more distinct finite rates"),
+        ({"lr": [0, 1e-3]}, "study: tune.lr: must be two or more distinct finite rates above 0"),
         ({"lr": [1e-2, 1e-3], "seeds": []}, "study: tune.seeds: must be distinct"),
         ({"lr": [1e-2, 1e-3], "seed": 1}, "did you mean 'seeds'"),
     ],

@@ -141,7 +141,9 @@ def test_a_history_survives_plain_data(tiny_model, counting_task):
     ("words", "message"),
     [
         ({"steps": 0}, "train.steps: must be at least 1, got 0"),
-        ({"lr": 0}, "train.lr: must be above 0"),
+        ({"lr": 0}, "train.lr: must be a finite number above 0"),
+        ({"lr": float("inf")}, "train.lr: must be a finite number above 0"),
+        ({"seed": 2**63}, "train.seed: must be at most 9,223"),
         ({"betas": [0.9, 1.0]}, "train.betas: each must be in"),
         ({"betas": [0.9]}, "train.betas: expected 2 values"),
         ({"warmpu": 3}, r"unknown key 'warmpu'.*did you mean 'warmup'"),
