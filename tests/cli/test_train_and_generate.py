@@ -354,6 +354,13 @@ def test_a_prompt_can_come_from_stdin(run, trained):
     assert run("generate", trained, "--prompt", "-", "-n", "2", stdin="héllo").stdout.startswith("héllo")
 
 
+@pytest.mark.parametrize("words", [{"stdin": b"a\xffb\r\n"}, {"prompt": "a\udcffb\r\n"}], ids=["stdin", "argument"])
+def test_a_prompt_is_bytes_of_any_kind(run, trained, words):
+    prompt = words.pop("prompt", "-")
+    result = run("generate", trained, "--prompt", prompt, "-n", "0", "--json", **words)
+    assert json.loads(result.stdout)["prompt"] == "a\ufffdb\r\n"
+
+
 def test_an_untrained_spec_speaks_but_says_so(run):
     result = run("generate", "carve-tiny", "d_model=32", "mixers.c.n_heads=2", "mixers.c.head_dim=16", "-n", "2")
     assert "untrained" in result.stderr
