@@ -63,9 +63,9 @@ def weights_digest(model: HybridLM) -> str:
 
 
 def _refuse_others(models: Iterable[HybridLM], those: Iterable[HybridLM], says: str) -> None:
-    """Raise `ValueError(says)` where models of one stack are neither the same nor copies."""
-    one, other = next(iter(models), None), next(iter(those), None)
-    if one is not None and other is not None and one is not other and weights_digest(one) != weights_digest(other):
+    """Raise `ValueError(says)` where models of one stack, each of them copies of one, are copies of different ones."""
+    mine, theirs = set(models), set(those)
+    if mine and theirs and not mine & theirs and weights_digest(mine.pop()) != weights_digest(theirs.pop()):
         raise ValueError(says)
 
 
