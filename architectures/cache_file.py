@@ -134,9 +134,11 @@ def _fill(cache: HybridCache, tensors: dict[str, Tensor], path: str | Path) -> N
         if source.is_floating_point() and bool(torch.isnan(source).any()):
             raise ValueError(f"{path}: '{name}' holds values that are no numbers (NaN)")
         target.copy_(source)
-    for part in (part for layer in cache.layers for part in layer if isinstance(part, KVCache)):
-        if part.length.tolist() != cache.lengths:
-            raise ValueError(f"{path}: the header's lengths are {cache.lengths}, a layer's {part.length.tolist()}")
+    for layer in cache.layers:
+        for part in layer:
+            length = part.length if isinstance(part, KVCache) else getattr(part.state, "length", None)
+            if isinstance(length, Tensor) and length.tolist() != cache.lengths:
+                raise ValueError(f"{path}: the header's lengths are {cache.lengths}, a layer's {length.tolist()}")
 
 
 def _kind(x: Tensor) -> str:

@@ -81,6 +81,7 @@ def test_a_file_of_another_model_version_dtype_or_kind_is_refused(tmp_path: Path
         ({"lengths": json.dumps([-4])}, tensors, r"lengths must be a list of whole numbers, none below 0, is \[-4\]"),
         ({"lengths": "four"}, tensors, "lengths must be a list of whole numbers, none below 0, is four"),
         ({}, tensors | {"2.0.length": torch.tensor([3], dtype=torch.int32)}, r"lengths are \[4\], a layer's \[3\]"),
+        ({}, tensors | {"0.0.length": tensors["0.0.length"] + 1}, r"lengths are \[4\], a layer's \[5\]"),
         ({}, tensors | {first: torch.full_like(tensors[first], float("nan"))}, f"'{first}' holds values that are no"),
     ):
         save_file(held, str(path), header | changed)
