@@ -52,14 +52,15 @@ def weights_digest(model: HybridLM) -> str:
 
     Values enter by sums of their bits, each times a number of its own: whole numbers, so that no order rounds them.
     """
-    digest = hashlib.sha256()
     factors = torch.randint(1 << 62, (PIECE,), generator=torch.Generator().manual_seed(0)) | 1
-    for name, parameter in sorted(model.named_parameters()):
+    factors = factors.to(model.embedding.weight.device)
+    sums, named = [], sorted(model.named_parameters())
+    for _, parameter in named:
         bits = parameter.detach().flatten().view(BITS[parameter.element_size()])
-        times = factors.to(bits.device)
-        sums = [(piece.long() * times[: len(piece)]).sum() for piece in bits.split(PIECE)]  # wraps, and is meant to
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {torch.stack(sums).tolist()}".encode())
-    return digest.hexdigest()[:16]
+        sums += [(piece.long() * factors[: len(piece)]).sum() for piece in bits.split(PIECE)]  # wraps, as it should
+    kinds = [f"{name} {list(parameter.shape)} {parameter.dtype}" for name, parameter in named]
+    said = repr((kinds, torch.stack(sums).tolist()))  # one wait for the device
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _refuse_others(models: Iterable[HybridLM], those: Iterable[HybridLM], says: str) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from hybridzoo.architectures.cache import HybridCache, weights_digest
 from hybridzoo.architectures.words import as_index
 from hybridzoo.mixers.extras import how_to_install
-from hybridzoo.mixers.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
@@ -45,6 +44,13 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
     save_file = _safetensors().torch.save_file
     cache.check(model, len(cache), cache.device)
     cache.check_rows()
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, not a file")
+    if not len(cache):
+        raise ValueError(f"{path}: a cache of no rows has nothing to save")
     header = {
         "format": "hybridzoo cache",
         "version": VERSION,
@@ -53,13 +59,6 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
         "dtype": str(cache.dtype).removeprefix("torch."),
         "lengths": json.dumps(cache.lengths),
     }
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder, not a file")
-    if not len(cache):
-        raise ValueError(f"{path}: a cache of no rows has nothing to save")
     half = path.with_name(f".{path.name}.tmp")
     try:
         save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
@@ -136,7 +135,7 @@ def _fill(cache: HybridCache, tensors: dict[str, Tensor], path: str | Path) -> N
         target.copy_(source)
     for layer in cache.layers:
         for part in layer:
-            length = part.length if isinstance(part, KVCache) else getattr(part.state, "length", None)
+            length = getattr(part.state, "length", None)
             if isinstance(length, Tensor) and length.tolist() != cache.lengths:
                 raise ValueError(f"{path}: the header's lengths are {cache.lengths}, a layer's {length.tolist()}")
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.cache import HybridCache
-from hybridzoo.architectures.words import NotFinite
 
 if TYPE_CHECKING:
     from hybridzoo.architectures.model import HybridLM
@@ -23,6 +22,14 @@ WARM = 2
 # How much more room a cache under a graph takes when it must grow, as a share of what it needs. A step reads all the
 # room there is, so that twice as much would cost more than a capture now and then.
 GROWTH = 0.25
+
+
+class NotFinite(ValueError):
+    """Logits that are not finite, and of which `rows`: prompts by their place, or rows of a cache."""
+
+    def __init__(self, says: str, rows: list[int]) -> None:
+        super().__init__(says)
+        self.rows = rows
 
 
 class Decoder:

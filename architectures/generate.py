@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures.decoding import Decoder
+from hybridzoo.architectures.decoding import Decoder, NotFinite
 from hybridzoo.architectures.prompts import Padding, as_prompts, of_array, pack
 from hybridzoo.architectures.sampling import Decode, Ending, Picker, Sampling
-from hybridzoo.architectures.words import NotFinite, whole
+from hybridzoo.architectures.words import whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:

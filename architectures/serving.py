@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures.decoding import Decoder
+from hybridzoo.architectures.decoding import Decoder, NotFinite
 from hybridzoo.architectures.generate import check_room, prefill, refuse_unfinished
 from hybridzoo.architectures.prompts import as_prompts
 from hybridzoo.architectures.sampling import Ending, Picker, Sampling
-from hybridzoo.architectures.words import NotFinite, whole
+from hybridzoo.architectures.words import whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:
@@ -153,8 +153,9 @@ class Batcher:
         """
         self._check_whole()
         # What may be refused or find no memory comes before anything is written.
-        with self._named(dict(enumerate(self._joining()))):
-            joining, fresh, logits = self._prefilled()
+        joining = [self._waiting[i] for i in range(min(len(self._waiting), self._rows.count(None)))]
+        with self._named(dict(enumerate(joining))):
+            fresh, logits = self._prefilled(joining)
         if fresh is not None:
             self.cache.reserve(max(fresh.lengths))
         running = {number: row for row, number in enumerate(self._rows) if number is not None}
@@ -190,10 +191,6 @@ class Batcher:
         self._free([number for number, each in emitted.items() if each.last])
         return emitted
 
-    def _joining(self) -> list[int]:
-        """The requests that the next step lets in."""
-        return [self._waiting[i] for i in range(min(len(self._waiting), self._rows.count(None)))]
-
     @contextmanager
     def _named(self, requests: dict[int, int]) -> Iterator[None]:
         """Say which request's logits were not finite, by the rows of those that run; and that a row was lost."""
@@ -207,13 +204,12 @@ class Batcher:
                 self._broken = f"{type(error).__name__}: {error}"
             raise
 
-    def _prefilled(self) -> tuple[list[int], HybridCache | None, dict[int, Tensor]]:
-        """Prefill those who wait, as many as rows are free: who, their cache, and the logits after each prompt."""
-        joining = self._joining()
+    def _prefilled(self, joining: list[int]) -> tuple[HybridCache | None, dict[int, Tensor]]:
+        """Prefill requests: their cache, None without any, and the logits after each prompt."""
         if not joining:
-            return [], None, {}
+            return None, {}
         logits, fresh = prefill(self.model, [self._requests[number].prompt for number in joining])
-        return joining, fresh, dict(zip(joining, logits, strict=True))
+        return fresh, dict(zip(joining, logits, strict=True))
 
     def _join(self, joining: list[int], fresh: HybridCache) -> None:
         rows = [row for row, number in enumerate(self._rows) if number is None][: len(joining)]

@@ -1,21 +1,10 @@
-"""The numbers of a call, as callers give them: checked, and made Python's own; and those that come out wrong.
-
-May import nothing of the project.
-"""
+"""The numbers of a call, as callers give them: checked, and made Python's own. May import nothing of the project."""
 
 from __future__ import annotations
 
 import numbers
 import operator
 from typing import Any
-
-
-class NotFinite(ValueError):
-    """Logits that are not finite, and of which `rows`: prompts by their place, or rows of a cache."""
-
-    def __init__(self, says: str, rows: list[int]) -> None:
-        super().__init__(says)
-        self.rows = rows
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:

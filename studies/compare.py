@@ -219,7 +219,7 @@ def _matched(one: Findings, other: Findings, task: str, budget: str, only: Only)
 def _made_otherwise(first: Cell, second: Cell) -> str:
     """Say in what two stacks of one label differ, nothing where they are made the same."""
     one, other = first.stack, second.stack
-    if first.stack.label != second.stack.label or _make(one) == _make(other):
+    if one.label != other.label or _make(one) == _make(other):
         return ""
     changed = [f"{key} {a} and {b}" for key, a, b in _apart(asdict(one.kind), asdict(other.kind))]
     if one.pattern != other.pattern:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hybridzoo.studies.stats import Summary, difference, t_cdf
 
@@ -60,12 +61,9 @@ def with_the_best(scores: Sequence[Sequence[float]], maximise: bool, confidence:
     best = max(range(len(scores)), key=lambda i: sign * statistics.fmean(scores[i]))
     others = [i for i in range(len(scores)) if i != best]
     apart = [difference(scores[best], scores[i], confidence) for i in others]
-    if len(scores[0]) == 1:
-        tied = [True] * len(others)
-        p = adjusted = [math.nan] * len(others)
-    elif len(scores[0]) < SEEDS:
-        least = min(sign * value for value in scores[best])
-        tied = [max(sign * value for value in scores[i]) >= least for i in others]
+    if len(scores[0]) < SEEDS:
+        lone, least = len(scores[0]) == 1, min(sign * value for value in scores[best])
+        tied = [lone or max(sign * value for value in scores[i]) >= least for i in others]
         p = adjusted = [math.nan] * len(others)
     else:
         p = [paired_p(one) for one in apart]
@@ -162,29 +160,37 @@ def _order(a: Sequence[float], b: Sequence[float], confidence: float) -> int:
 
 
 def _coincidence(tau: float, x: Sequence[float], y: Sequence[float]) -> float:
-    """The share of all orders of y whose |tau| with x is at least as large: counted by inversions, or, where values
-    tie, by going through all orders of up to seven and through `SHUFFLES` of more."""
-    n = len(x)
+    """The share of all orders of y whose |tau| with x is at least as large."""
     if math.isnan(tau):
         return math.nan
-    if len(set(x)) == len(set(y)) == n:
-        counts = [1]
-        for size in range(2, n + 1):
-            longer = [0] * (len(counts) + size - 1)
-            for inversions, number in enumerate(counts):
-                for more in range(size):
-                    longer[inversions + more] += number
-            counts = longer
-        pairs = len(counts) - 1
-        alike = [abs(1 - 2 * inversions / pairs) >= abs(tau) - 1e-9 for inversions in range(pairs + 1)]
-        return sum(itertools.compress(counts, alike)) / math.factorial(n)
+    if len(set(x)) == len(set(y)) == len(x):
+        return _by_inversions(tau, len(x))
+    return _by_orders(tau, *(torch.tensor(values, dtype=torch.float64) for values in (x, y)))
+
+
+def _by_inversions(tau: float, n: int) -> float:
+    """That share where no values tie, by counting the n! orders of each number of inversions."""
+    counts = [1]
+    for size in range(2, n + 1):
+        longer = [0] * (len(counts) + size - 1)
+        for inversions, number in enumerate(counts):
+            for more in range(size):
+                longer[inversions + more] += number
+        counts = longer
+    pairs = len(counts) - 1
+    hit = sum(number for inversions, number in enumerate(counts) if abs(1 - 2 * inversions / pairs) >= abs(tau) - 1e-9)
+    return hit / math.factorial(n)
+
+
+def _by_orders(tau: float, x: Tensor, y: Tensor) -> float:
+    """That share by going through all orders of up to seven things, and through `SHUFFLES` of more."""
+    n = len(x)
     if math.factorial(n) <= SHUFFLES:
         orders = torch.tensor(list(itertools.permutations(range(n))))
     else:
         orders = torch.rand(SHUFFLES, n, generator=torch.Generator().manual_seed(0)).argsort(1)
-    first, second = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
-    before = (first[:, None] - first).sign()
-    pieces = second[orders].split(256)
-    sums = torch.cat([(before * (rows[:, :, None] - rows[:, None]).sign()).sum((1, 2)) for rows in pieces]).abs()
-    least = abs(tau) * math.sqrt(float(before.abs().sum()) * float((second[:, None] - second).sign().abs().sum()))
+    above, beside = ((values[:, None] - values).sign() for values in (x, y))
+    pieces = y[orders].split(256)
+    sums = torch.cat([(above * (rows[:, :, None] - rows[:, None]).sign()).sum((1, 2)) for rows in pieces]).abs()
+    least = abs(tau) * math.sqrt(float(above.abs().sum()) * float(beside.abs().sum()))
     return float((sums >= least - 1e-6).double().mean())
