@@ -73,7 +73,8 @@ def ours(row: str, x: dict[str, Tensor]) -> Tensor:
     *_, predict, chunk = ROWS[row]
     gates = {name: value for name, value in x.items() if name not in ("down", "up")}
     content = ContentGate(x["down"], x["up"], chunk) if chunk else None
-    return gated_delta_rule(**gates, content=content, predict=predict, backend="triton")[0]
+    # fla gives back no final state either unless asked.
+    return gated_delta_rule(**gates, content=content, predict=predict, return_state=False, backend="triton")[0]
 
 
 def fla_side(row: str, x: dict[str, Tensor]) -> Tensor:

@@ -17,28 +17,31 @@ from hybridzoo.kernels.state import ContentGate
 from hybridzoo.kernels.tiles import MAX_TILE, Tiling, cut
 
 
-def _forward(call: Call, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(call: Call, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     tiling, x, content = _prepare(call)
-    S = tiling.sort(call.S).contiguous()
-    carry = Carry(S.flatten(0, 1), tiling.sort(call.o_sum), tiling.sort(call.o_mean))
+    first, o_sum, o_mean = (tiling.sort(start) for start in _starts(call))
+    S = first.contiguous()
+    carry = Carry(S.flatten(0, 1), o_sum, o_mean)
+    room = _room(call) if save else []
     saved = _saved(room, x, call.v) if save else None
     o = chunkwise.forward(x, tiling, carry, content, call.stored, saved)
     if saved is not None:
         _blank_rest(room, saved, tiling)
     # S itself, which its view in the carry has taken to the end: what a caller gets is nobody's view. Contiguous as the
     # fake says, whatever a caller's state was.
-    S, o_sum, o_mean = (tiling.unsort(end).contiguous() for end in (S, carry.o_sum, carry.o_mean))
-    return tiling.join(o.unflatten(0, (-1, call.v.shape[2])), call.v.dtype), S, o_sum, o_mean
+    wanted = (S, carry.o_sum, carry.o_mean)[: len(call.new_ends())]
+    ends = [tiling.unsort(end).contiguous() for end in wanted]
+    return tiling.join(o.unflatten(0, (-1, call.v.shape[2])), call.v.dtype), ends, room
 
 
 def _backward(call: Call, room: list[Tensor], o: Tensor | None, d_results: list[Tensor | None]) -> list[Tensor | None]:
     tiling, x, content = _prepare(call)
     d_o, *d_ends = d_results
     d_out = torch.zeros_like(x.v) if d_o is None else tiling.cut(d_o, x.v.dtype).flatten(0, 1)
-    ends = (call.S, call.o_sum, call.o_mean)
+    starts = _starts(call)
     carry = [
-        torch.zeros_like(end) if d is None else tiling.sort(d.to(end.dtype))
-        for d, end in zip(d_ends, ends, strict=True)
+        torch.zeros_like(start) if d is None else tiling.sort(d.to(start.dtype))
+        for d, start in zip(d_ends, starts, strict=True)
     ]
     d_carry = Carry(carry[0].contiguous().flatten(0, 1), *carry[1:])
     grads = chunkwise.backward(x, tiling, _saved(room, x, call.v), d_out, d_carry, content, call.stored)
@@ -63,15 +66,27 @@ def _backward(call: Call, room: list[Tensor], o: Tensor | None, d_results: list[
         joined(d.correct, call.correct),
         joined(d.write, call.write),
     ]
-    starts = (d_carry.S.view(call.S.shape), d_carry.o_sum, d_carry.o_mean)
-    return [*per_token, *(tiling.unsort(start).contiguous() for start in starts)]
+    d_starts = (d_carry.S.view(starts[0].shape), d_carry.o_sum, d_carry.o_mean)
+    given = (call.S, call.o_sum, call.o_mean)
+    pairs = zip(d_starts, given, strict=True)
+    return [*per_token, *(None if x is None else tiling.unsort(d).contiguous() for d, x in pairs)]
+
+
+def _starts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """S, o_sum and o_mean that the call begins with: zero if fresh, and the latter two empty without a content gate."""
+    N, (HV, V) = call.sequences, call.v.shape[2:]
+    S = call.q.new_zeros(N, HV, call.q.shape[3], V, dtype=call.state_dtype) if call.S is None else call.S
+    if call.o_sum is None or call.o_mean is None:
+        tail = V if call.chunk else 0
+        return S, S.new_zeros(N, HV, tail), S.new_zeros(N, HV, tail)
+    return S, call.o_sum, call.o_mean
 
 
 def _prepare(call: Call) -> tuple[Tiling, Operands, ContentGate | None]:
     """How the call is cut, its inputs cut so, and the content pair, in the dtype of the state."""
     B, T = call.q.shape[:2]
-    dtype = call.S.dtype
-    tiling = cut(B, T, call.cu_seqlens, call.chunk or None, call.count)
+    dtype = call.state_dtype
+    tiling = cut(B, T, call.cu_seqlens, call.chunk or None, call.count, call.q.device)
     gates = (call.log_decay, call.erase_logits, call.correct, call.write)
     content = None
     if call.down is not None and call.up is not None:
@@ -89,23 +104,21 @@ def _cut_operands(tiling: Tiling, dtype: torch.dtype, scale: float, q: Tensor, k
     )
 
 
-def _room(call: Call, save: bool) -> list[Tensor]:
+def _room(call: Call) -> list[Tensor]:
     """Upper bounds of what `Saved` holds, flat."""
-    sizes = [0, 0, 0, 0]
-    if save:
-        N, (T, K), (HV, V) = call.count.shape[0], (call.q.shape[1], call.q.shape[3]), call.v.shape[2:]
-        tokens = call.q.shape[0] * T
-        if call.chunk:
-            # A sequence may open with a chunk that its earlier calls left, and end with one that it leaves.
-            chunks = (tokens + N * (2 * call.chunk - 2)) // call.chunk
-            tiles = chunks * math.ceil(call.chunk / MAX_TILE)
-        else:
-            chunks = 0
-            tiles = (tokens + N * (MAX_TILE - 1)) // MAX_TILE
-        heads = tiles * HV
-        inverse = 0 if call.correct is None else heads * MAX_TILE * MAX_TILE
-        sizes = [heads * K * V, heads * MAX_TILE * V, inverse, chunks * HV * V]
-    return [call.S.new_empty(size) for size in sizes]
+    N, (T, K), (HV, V) = call.sequences, (call.q.shape[1], call.q.shape[3]), call.v.shape[2:]
+    tokens = call.q.shape[0] * T
+    if call.chunk:
+        # A sequence may open with a chunk that its earlier calls left, and end with one that it leaves.
+        chunks = (tokens + N * (2 * call.chunk - 2)) // call.chunk
+        tiles = chunks * math.ceil(call.chunk / MAX_TILE)
+    else:
+        chunks = 0
+        tiles = (tokens + N * (MAX_TILE - 1)) // MAX_TILE
+    heads = tiles * HV
+    inverse = 0 if call.correct is None else heads * MAX_TILE * MAX_TILE
+    sizes = (heads * K * V, heads * MAX_TILE * V, inverse, chunks * HV * V)
+    return [call.q.new_empty(size, dtype=call.state_dtype) for size in sizes]
 
 
 def _saved(room: list[Tensor], x: Operands, v: Tensor) -> Saved:

@@ -9,6 +9,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def refuse_transforms(name: str) -> None:
+    """Raise `NotImplementedError` within a transform of torch.func, which may hide what requires a gradient."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name} goes through no transform of torch.func, such as grad or vmap: use backend='reference' there"
+        )
+
+
 def refuse_forward_mode(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Raise `NotImplementedError` where a tensor carries a tangent, which an operator would drop without a word."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no tangent is about

@@ -9,12 +9,14 @@ N sequences (B, or the number packed into one row).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hybridzoo.kernels.checks import check_bounds, check_counts, check_cu_seqlens, check_inputs, check_state
 from hybridzoo.kernels.chunkwise_op import chunkwise_delta_rule
-from hybridzoo.kernels.derivatives import refuse_forward_mode
+from hybridzoo.kernels.derivatives import refuse_forward_mode, refuse_transforms
 from hybridzoo.kernels.fused.op import fused_delta_rule
 from hybridzoo.kernels.fused.step_op import fused_step, no_gradient_to_come
 from hybridzoo.kernels.fused.support import refusal
@@ -82,7 +84,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices, bounds or options that do not fit, naming the argument.
-        NotImplementedError: in forward mode, but on `reference`.
+        NotImplementedError: in forward mode and within transforms of torch.func, but on `reference`.
 
     The rows of flags that make GLA, Mamba-2, DeltaNet, Gated DeltaNet, KDA, Gated DeltaNet-2 and CARVE of it are in
     `hybridzoo.mixers`.
@@ -110,19 +112,21 @@ def gated_delta_rule(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, q.device)
         n = cu_seqlens.numel() - 1
-    if state is None:
-        if inplace_state:
-            raise ValueError("inplace_state needs a state to write into")
-        state = DeltaState.zeros(n, HV, K, V, content is not None, q.device, dtype)
-    else:
+    if state is not None:
         check_state(state, n, HV, K, V, content is not None, dtype, q.device)
+    elif inplace_state:
+        raise ValueError("inplace_state needs a state to write into")
     scale = K**-0.5 if scale is None else scale
-    floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *state[:3])
+    floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *(state or ())[:3])
     if backend != "reference":
-        refuse_forward_mode(f"gated_delta_rule with backend={backend!r}", floats)
+        name = f"gated_delta_rule with backend={backend!r}"
+        refuse_forward_mode(name, floats)
+        refuse_transforms(name)
+    fresh = partial(DeltaState.zeros, n, HV, K, V, content is not None, q.device, dtype)
+    new_state: DeltaState | None
     if backend == "triton" and T == 1 and cu_seqlens is None and no_gradient_to_come(floats):
         o, new_state = fused_step(
-            *(q, k, v, log_decay, erase_logits, content, correct, write, state),
+            *(q, k, v, log_decay, erase_logits, content, correct, write, state or fresh()),
             predict=predict,
             scale=scale,
             qk_l2norm=qk_l2norm,
@@ -132,6 +136,7 @@ def gated_delta_rule(
     if qk_l2norm and backend != "triton":  # whose kernels do it themselves
         q, k = l2_norm(q), l2_norm(k)
     if backend == "reference":
+        state = state or fresh()
         if cu_seqlens is not None:
             check_bounds(cu_seqlens.tolist(), q.shape[1])
         if content is not None:
@@ -152,9 +157,10 @@ def gated_delta_rule(
             qk_norm=qk_l2norm and backend == "triton",
             segments=segments or 0,
             cu_seqlens=cu_seqlens,
+            return_state=return_state or inplace_state,
         )
     o = o.to(v.dtype)
-    if inplace_state:
+    if inplace_state and state is not None and new_state is not None:
         new_state = _write_back(state, new_state)
     return o, new_state if return_state else None
 

@@ -24,16 +24,20 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     return getattr(torch.ops.hybridzoo, name).default
 
 
-def differentiate(operator: Any, function: type[torch.autograd.Function], n: int) -> None:
+def differentiate(
+    operator: Any, function: type[torch.autograd.Function], n: int, results: Callable[..., Any] | None = None
+) -> None:
     """Let `function` stand for the operator where one of its first `n` arguments needs a gradient.
 
     Its `forward(ctx, ...)` calls the operator by `without_gradient`, and has no setup_context: then torch need not bind
-    the arguments of each call, and transforms of torch.func are refused.
+    the arguments of each call, and transforms of torch.func are refused. What it returns is the operator's results, or
+    `results` makes those of it.
     """
 
     def run(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:n]):
-            return function.apply(*arguments)
+            found = function.apply(*arguments)
+            return found if results is None else results(*found)
         return without_gradient(operator, arguments)
 
     _LIBRARY.impl(operator.name().partition("::")[2].partition(".")[0], run, "Autograd")

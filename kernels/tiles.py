@@ -88,10 +88,12 @@ def cut(
     T: int,
     cu_seqlens: Tensor | None,
     chunk: int | None,
-    count: Tensor,
+    count: Tensor | None,
+    device: torch.device,
     max_tile: int = MAX_TILE,
 ) -> Tiling:
-    """Lay `N` sequences out in tiles; with a content `chunk` of L tokens, `count [N]` of which each has already seen.
+    """Lay `N` sequences out in tiles; with a content `chunk` of L tokens, `count [N]` of which each has already seen,
+    none if None.
 
     Raises: `ValueError` for `cu_seqlens` that do not run from 0 to T, and for counts outside a chunk.
     """
@@ -101,7 +103,7 @@ def cut(
         bounds = cu_seqlens.tolist()
         check_bounds(bounds, T)
         starts, lengths = bounds[:-1], [end - start for start, end in pairwise(bounds)]
-    counts = [0] * len(lengths) if chunk is None else count.tolist()
+    counts = [0] * len(lengths) if chunk is None or count is None else count.tolist()
     if chunk is not None:
         check_counts(counts, chunk)
     longest = max(lengths, default=0)
@@ -109,9 +111,9 @@ def cut(
     size = _tile_size(span, max_tile)
     steps_per_chunk = 1 if chunk is None else max(1, -(-span // size))
     if chunk is None and cu_seqlens is None:
-        return _equal_lengths(B, T, size, count.device)
+        return _equal_lengths(B, T, size, device)
     grid = size if chunk is None else chunk
-    return _any_lengths(B, T, starts, lengths, counts, grid, size, steps_per_chunk, chunk is not None, count.device)
+    return _any_lengths(B, T, starts, lengths, counts, grid, size, steps_per_chunk, chunk is not None, device)
 
 
 def _tile_size(span: int, max_tile: int) -> int:

@@ -11,7 +11,7 @@ L content chunk, r content rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,16 +22,16 @@ from hybridzoo.kernels.fused.content import backward_kernel
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.gradients import gradients_kernel
 from hybridzoo.kernels.fused.launch import Launch, flags, numbers, on_device, window
-from hybridzoo.kernels.fused.room import n_rows
+from hybridzoo.kernels.fused.memory import Layout, Memory, Part, layout
+from hybridzoo.kernels.fused.room import kept, n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
 from hybridzoo.kernels.fused.scratch import (
-    Tensors,
     chunk_blocks,
     chunks,
     inputs,
-    new_blocks,
     new_counters,
     prepare,
+    prepared,
     scan,
     window_blocks,
 )
@@ -42,46 +42,48 @@ MOST_WINDOWS = 4
 LEAST_OF_A_WINDOW = 4096
 
 
-# The gradients of o, S, o_sum and o_mean, dense; of the last two only with a content gate.
-Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# The gradients of o, S, o_sum and o_mean, dense; of the last three None where the final state has none, and of the last
+# two without a content gate.
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Plan(NamedTuple):
-    """How the pass goes: blocks of a sequence in a window, windows, the cut, and what is launched in each."""
+    """How the pass goes: blocks of a sequence in a window, windows, the cut, what is launched in each, and the layouts
+    of scratch memory and of what was kept."""
 
     span: int
     windows: int
     cut: Cuts
     launches: list[Launch]
+    scratch: Layout
+    kept: Layout
 
 
 def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results: Results) -> list[Tensor | None]:
     """Run the backward pass on a contiguous `call`: its first twelve fields' gradients, None where one is off."""
     with on_device(call.q.device):
         the = plan(form)
-        found = tensors(call, form, the, room, o, d_results)
         counters = new_counters(form, call.q.device, the.windows) if form.chunk else None
-        found |= {"counters": counters, "d_sum": torch.empty_like(call.o_sum), "dmean0": torch.empty_like(call.o_mean)}
-        ahead, back, *steps = [launch.starter(found) for launch in the.launches]
-        goes_on: dict[str, Tensor | None] = {}
+        found = gradients(call, form, the)
+        memory = memory_of(call, form, the, room, o, d_results, {**found, "counters": counters})
+        ahead, back, *steps = [launch.starter(memory) for launch in the.launches]
         for at in reversed(range(the.windows)):
             place = window(at * the.span, the.span)
+            counts = {} if counters is None else {"counters": counters[at]}
             ahead(**place)
-            if counters is not None:
-                goes_on["counters"] = counters[at]
-            back(**place, **goes_on)
+            back(**place, **counts, later=int(at + 1 < the.windows))
             for step in steps:
                 step(**place)
-            goes_on = {"dS1": found["dS0"]}  # where the window after ended
-            if form.chunk:
-                goes_on["dmean1"] = found["dmean0"]
         du_rows = found["du_rows"]
-        d_down, d_up = (None, None) if du_rows is None else _content_gradients(form, room[3], du_rows)
+        d_down, d_up = (None, None) if du_rows is None else _content_gradients(form, room[1], du_rows)
         return [
             _joined(found["dq"], call.q),
             _joined(found["dk"], call.k),
             *(found["dv"], _added(found["dg"], call.log_decay), found["dz"], d_down, d_up),
-            *(_added(found["de"], call.correct), found["dw"], found["dS0"], found["d_sum"], found["dmean0"]),
+            *(_added(found["de"], call.correct), found["dw"]),
+            None if call.S is None else found["dS0"],
+            None if call.o_sum is None else found["d_sum"],
+            None if call.o_mean is None else found["dmean0"],
         ]
 
 
@@ -95,15 +97,16 @@ def plan(form: Form) -> Plan:
     if not form.packed:  # else a sequence's length is data
         windows = min(blocks, form.segments or min(MOST_WINDOWS, blocks * form.N * form.HV // LEAST_OF_A_WINDOW))
     span = max(1, -(-blocks // (unit * max(1, windows)))) * unit
+    windows = max(1, -(-blocks // span))
     launches = [prepare(form, cut, span, keep=True, again=True)]
     if form.chunk:
         own = {"STATES_K": cut.states_k, "STATES_V": cut.states_v, "PAIRS_K": cut.pairs_k}
-        launches += [chunks(backward_kernel, form, cut, span, own)]
+        launches += [chunks(backward_kernel, form, cut, span, own, later=0)]
     else:
         steps = [(True, False), (False, True)] if cut.apart else [(True, True)]
-        launches += [scan(scan_back_kernel, form, cut, span, {})]
+        launches += [scan(scan_back_kernel, form, cut, span, {}, later=0)]
         launches += [_gradients(form, cut, span, *which) for which in steps]
-    return Plan(span, max(1, -(-blocks // span)), cut, launches)
+    return Plan(span, windows, cut, launches, _scratch(form, cut, span), kept(form))
 
 
 def _gradients(form: Form, cut: Cuts, span: int, of_states: bool, of_pairs: bool) -> Launch:
@@ -127,18 +130,36 @@ def _gradients(form: Form, cut: Cuts, span: int, of_states: bool, of_pairs: bool
     return Launch(gradients_kernel, grid, numbers(form, span), constants, options(warps), form.kinds)
 
 
-def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | None, d_results: Results) -> Tensors:
-    """What the kernels read, scratch memory, and the gradients that they write."""
-    states, news, inverses, readouts = room
-    d_o, d_S, d_sum, d_mean = d_results
-    cut = the.cut
-    C, blocks = cut.block, window_blocks(form, cut.block, the.span)
-    made = new_blocks(call, form, C, blocks)
-    joined = torch.float32 if form.H != form.HV else None  # summed over the value heads of a key head
-    parts = power(form.K) // (cut.pairs_k if cut.apart else cut.states_k)
+def _scratch(form: Form, cut: Cuts, span: int) -> Layout:
+    """What `prepare` makes, the gradients of states and of N, and what one step of the gradients leaves for the other,
+    some of it where it was prepared."""
+    C, blocks = cut.block, window_blocks(form, cut.block, span)
 
-    def new(*shape: int, dtype: torch.dtype = form.kept) -> Tensor:
-        return call.q.new_empty(blocks, form.HV, *shape, dtype=dtype)
+    def each(*shape: int, dtype: torch.dtype = form.kept) -> Part:
+        return (blocks, form.HV, *shape), dtype
+
+    parts: dict[str, Part] = {
+        **prepared(form, C, blocks),
+        "dstates": each(form.V, form.K),
+        "dnews": each(C, form.V),
+        "dP": each(C, C) if cut.apart else None,
+        "dA": each(C, C) if cut.apart and form.correct else None,
+        "along": each(2, C, dtype=torch.float32) if cut.apart and form.qk_norm else None,
+        # Of a chunk's readout, by block.
+        "du_blocks": ((chunk_blocks(form, C), form.HV, form.K), torch.float32) if form.chunk else None,
+    }
+    if not cut.apart:
+        return layout(parts | dict.fromkeys(("d_qE", "d_kZ", "d_eE", "d_total")))
+    return layout(parts, {"d_qE": "qE", "d_kZ": "kZ", "d_eE": "W", "d_total": "total"})
+
+
+def gradients(call: Call, form: Form, the: Plan) -> dict[str, Tensor | None]:
+    """Memory for the gradients that the kernels write."""
+    new = call.q.new_empty
+    joined = torch.float32 if form.H != form.HV else None  # summed over the value heads of a key head
+    parts = power(form.K) // (the.cut.pairs_k if the.cut.apart else the.cut.states_k)
+    content = form.chunk > 0
+    sums = (form.N, form.HV, form.V)
 
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.empty_like(x)
@@ -150,37 +171,43 @@ def tensors(call: Call, form: Form, the: Plan, room: list[Tensor], o: Tensor | N
         return x.new_empty(*x.shape, parts, dtype=torch.float32 if parts > 1 else x.dtype)
 
     return {
-        **inputs(call, form, C),
-        **made,
-        **_content(call, form, the),
-        "X": inverses if form.correct else None,
-        "readouts": readouts if form.chunk else None,
-        "states": states,
-        "news": news,
-        "o": o,
-        "do": d_o,
-        "dS1": d_S,
-        "dsum1": d_sum,
-        "dmean1": d_mean,
-        "dstates": new(form.V, form.K),
-        "dnews": new(C, form.V),
-        # What the first step of the gradients leaves for the second, some of it where it was prepared.
-        "d_qE": made["qE"] if cut.apart else None,
-        "d_kZ": made["kZ"] if cut.apart else None,
-        "d_eE": made["W"] if cut.apart else None,
-        "d_total": made["total"] if cut.apart else None,
-        "dP": new(C, C) if cut.apart else None,
-        "dA": new(C, C) if cut.apart and form.correct else None,
-        "along": new(2, C, dtype=torch.float32) if cut.apart and form.qk_norm else None,
-        "dq": call.q.new_empty(form.B, form.T, form.HV, form.K, dtype=joined),
-        "dk": call.q.new_empty(form.B, form.T, form.HV, form.K, dtype=joined),
+        "dq": new(form.B, form.T, form.HV, form.K, dtype=joined),
+        "dk": new(form.B, form.T, form.HV, form.K, dtype=joined),
         "dv": like(call.v),
         "dg": added(call.log_decay),
         "dz": like(call.erase_logits),
         "de": added(call.correct),
         "dw": like(call.write),
-        "dS0": like(call.S),
+        "dS0": new(form.N, form.HV, form.K, form.V, dtype=torch.float32),
+        "d_sum": new(*sums, dtype=torch.float32) if content else None,
+        "dmean0": new(*sums, dtype=torch.float32) if content else None,
+        # Of a chunk's readout and of the `tanh` that leads to it: zeros where no chunk is.
+        "du_rows": torch.zeros(n_rows(form), form.HV, form.K + form.rank, device=call.q.device) if content else None,
     }
+
+
+def memory_of(
+    call: Call,
+    form: Form,
+    the: Plan,
+    room: list[Tensor],
+    o: Tensor | None,
+    d_results: Results,
+    found: Mapping[str, Tensor | None],
+) -> Memory:
+    """What the kernels read, scratch memory, and the gradients that they write, which are `found`."""
+    d_o, d_S, d_sum, d_mean = d_results
+    given = {
+        **inputs(call, form, the.cut.block),
+        "readouts": room[1] if form.chunk else None,
+        "o": o,
+        "do": d_o,
+        "dS1": d_S,
+        "dsum1": d_sum,
+        "dmean1": d_mean,
+        **found,
+    }
+    return Memory(given, (the.scratch, the.scratch.new(call.q)), (the.kept, room[0]))
 
 
 def _joined(d: Tensor | None, like: Tensor) -> Tensor | None:
@@ -195,20 +222,6 @@ def _added(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     if d is None or like is None or d.shape == like.shape:
         return d
     return d.squeeze(3) if d.shape[3] == 1 else d.sum(3).to(like.dtype)
-
-
-def _content(call: Call, form: Form, the: Plan) -> Tensors:
-    """Memory that only a content gate needs: gradients of a chunk's readout by block; of all, and of `tanh`, by row."""
-    if not form.chunk:
-        return {"du_blocks": None, "du_rows": None}
-
-    def new(fill: Callable[..., Tensor], rows: int, size: int) -> Tensor:
-        return fill(rows, form.HV, size, device=call.q.device, dtype=torch.float32)
-
-    return {
-        "du_blocks": new(torch.empty, chunk_blocks(form, the.cut.block), form.K),
-        "du_rows": new(torch.zeros, n_rows(form), form.K + form.rank),
-    }
 
 
 def _content_gradients(form: Form, readouts: Tensor, du_rows: Tensor) -> tuple[Tensor, Tensor]:

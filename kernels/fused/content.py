@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from hybridzoo.kernels.fused.gradients import gradients_of_block
-from hybridzoo.kernels.fused.places import block_at, chunk_row, content_chunks, grid_ends, sequence, state_of
+from hybridzoo.kernels.fused.places import begun, block_at, chunk_row, content_chunks, grid_ends, sequence, state_of
 from hybridzoo.kernels.fused.prepare import prepare_block
 from hybridzoo.kernels.fused.scan import scan_blocks
 from hybridzoo.kernels.fused.scan_back import scan_back_blocks
@@ -120,9 +120,7 @@ def forward_kernel(
     v_ok = vc < V
     v_at = head.to(tl.int64) * V + vc
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    S = tl.load(S0 + ends_at, mask=ends_ok, other=0.0)
-    o_sum = tl.load(sum0 + v_at, mask=v_ok, other=0.0)
-    mean = tl.load(mean0 + v_at, mask=v_ok, other=0.0)
+    S, o_sum, mean = begun(S0, ends_at, ends_ok), begun(sum0, v_at, v_ok), begun(mean0, v_at, v_ok)
     met = 0
     for chunk in range(chunks):
         first = chunk * SPAN
@@ -145,9 +143,10 @@ def forward_kernel(
         if seen + length >= (chunk + 1) * CONTENT:
             mean = o_sum / CONTENT
             o_sum = tl.zeros((BV,), tl.float32)
-    tl.store(S1 + ends_at, S, mask=ends_ok)
-    tl.store(sum1 + v_at, o_sum, mask=v_ok)
-    tl.store(mean1 + v_at, mean, mask=v_ok)
+    if S1 is not None:
+        tl.store(S1 + ends_at, S, mask=ends_ok)
+        tl.store(sum1 + v_at, o_sum, mask=v_ok)
+        tl.store(mean1 + v_at, mean, mask=v_ok)
 
 
 @triton.jit
@@ -172,11 +171,11 @@ def through_readout(du_blocks, du_row, hidden_at, down, up, n, hv, vc, HV, K, V,
     return tl.sum(U1 * d_hidden[:, None], 0)
 
 
-@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count", "later"])  # a new length compiles nothing
 def backward_kernel(
     q, k, v, g, z, e, w, down, up, cu, count0, W, qE, kZ, P, X, total, counters, states, news, readouts, o, do,
     dS1, dsum1, dmean1, dstates, dnews, dP, dA, along, dq, dk, dv, dg, dz, de, dw, du_blocks, du_rows, dS0, d_sum,
-    dmean0, T, first, count, scale, H, HV, K, V,
+    dmean0, T, first, count, later, scale, H, HV, K, V,
     GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr,
     STATES_K: tl.constexpr, STATES_V: tl.constexpr, PAIRS_K: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
@@ -186,7 +185,7 @@ def backward_kernel(
     """GROUP programs a sequence and value head, each with BV of the EVERY value channels, over prepared blocks.
 
     The gradient of a mean reaches the outputs of the chunk whose mean it is, and the sum that the chunk began with.
-    What the next window needs is left where it is to find it.
+    What the window before needs is left in dS0 and dmean0, where it finds it (`later`: one after this has been there).
     """
     SPAN: tl.constexpr = CONTENT // C
     PARTS: tl.constexpr = BK // STATES_K
@@ -201,8 +200,10 @@ def backward_kernel(
     v_ok = vc < V
     v_at = head.to(tl.int64) * V + vc
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    dS = tl.load(dS1 + ends_at, mask=ends_ok, other=0.0)
-    d_mean = tl.load(dmean1 + v_at, mask=v_ok, other=0.0)
+    if later:
+        dS, d_mean = tl.load(dS0 + ends_at, mask=ends_ok, other=0.0), tl.load(dmean0 + v_at, mask=v_ok, other=0.0)
+    else:
+        dS, d_mean = begun(dS1, ends_at, ends_ok), begun(dmean1, v_at, v_ok)
     met = 0
     for back in range(low, high):
         chunk = low + high - 1 - back
@@ -211,7 +212,7 @@ def backward_kernel(
         chunk_at = readouts + row * (V + K + 2 * RANK)
         shared = d_mean / CONTENT
         if chunk == left_open:
-            shared = tl.load(dsum1 + v_at, mask=v_ok, other=0.0)
+            shared = begun(dsum1, v_at, v_ok)
         else:
             d_mean = tl.zeros((BV,), tl.float32)
         tl.store(d_sum + v_at, shared, mask=v_ok)

@@ -36,6 +36,7 @@ class Form(NamedTuple):
     chunk: int  # L, 0 without a content gate
     qk_norm: bool
     segments: int
+    ends: bool  # whether there is a final state: forward, whether it is asked for; backward, whether it has a gradient
     serial: bool  # programs run one after another, by the interpreter
     dtypes: tuple[torch.dtype | None, ...]  # of the call's tensors, None where one is off
 
@@ -49,7 +50,7 @@ class Form(NamedTuple):
     @property
     def kinds(self) -> tuple[Any, ...]:
         """What the dtypes of all tensors follow from that a launch is given, and which of them are None."""
-        return (*self.dtypes, self.H == self.HV)  # gradients that value heads share are summed in float32
+        return (*self.dtypes, self.ends, self.H == self.HV)  # gradients that value heads share are summed in float32
 
     @property
     def decays(self) -> bool:
@@ -77,7 +78,7 @@ def form_of(call: Call) -> Form:
         K=K,
         HV=HV,
         V=V,
-        N=call.count.shape[0],
+        N=call.sequences,
         decay=kind(call.log_decay),
         erase=call.erase_logits is not None,
         correct=kind(call.correct),
@@ -89,6 +90,7 @@ def form_of(call: Call) -> Form:
         chunk=call.chunk,
         qk_norm=call.qk_norm,
         segments=call.segments,
+        ends=call.ends,
         serial=call.q.device.type == "cpu",
         dtypes=dtypes_of(call.tensors),
     )

@@ -9,6 +9,7 @@ Shapes: HV value heads, K key dim, V value dim, C slots in a block, N sequences,
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,64 +18,77 @@ from hybridzoo.kernels.fused.config import block_of, cuts_of
 from hybridzoo.kernels.fused.content import forward_kernel
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.launch import Launch, on_device
-from hybridzoo.kernels.fused.room import n_rows, row_size
+from hybridzoo.kernels.fused.memory import Layout, Memory, layout
+from hybridzoo.kernels.fused.room import kept, new_room, readouts
 from hybridzoo.kernels.fused.scan import scan_kernel
 from hybridzoo.kernels.fused.scratch import (
-    Tensors,
     chunk_blocks,
     chunks,
     inputs,
     inverse,
-    new_blocks,
     new_counters,
     prepare,
+    prepared,
     scan,
     window_blocks,
 )
 from hybridzoo.kernels.recurrence_op import Call
 
 
-def run(call: Call, form: Form, room: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the recurrence on a contiguous `call`: o, S, o_sum and o_mean, and with `save` a full `room`."""
-    o, S, o_sum, o_mean = (torch.empty_like(x) for x in (call.v, call.S, call.o_sum, call.o_mean))
+class Plan(NamedTuple):
+    """How the pass goes: what is launched, and the layouts of scratch memory and of what is kept."""
+
+    launches: list[Launch]
+    scratch: Layout
+    kept: Layout
+
+
+def run(call: Call, form: Form, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run the recurrence on a contiguous `call`: o, what is asked for of S, o_sum and o_mean, and what is kept."""
+    the = plan(form, save)
+    o, ends = torch.empty_like(call.v), call.new_ends()
+    kept = new_room(call, form, the.kept) if save else []
     with on_device(call.q.device):
-        found = tensors(call, form, room, save)
-        found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean}
-        for launch in plan(form, save):
-            launch.starter(found)()
-    return o, S, o_sum, o_mean
+        memory = memory_of(call, form, the, o, ends, kept)
+        for launch in the.launches:
+            launch.starter(memory)()
+    return o, ends, kept
 
 
 @functools.lru_cache(maxsize=512)
-def plan(form: Form, save: bool) -> list[Launch]:
-    """The launches of every call of a form."""
+def plan(form: Form, save: bool) -> Plan:
+    """The plan of every call of a form."""
     cut = cuts_of(form, save)
+    C, span = cut.block, -(-form.T // cut.block)
     if form.chunk:
         own = {**inverse(form), "D": cut.prepare_k, "SAVE": save}
-        return [chunks(forward_kernel, form, cut, None, own)]
-    span = -(-form.T // cut.block)
-    ahead = prepare(form, cut, span, keep=save, again=False)
-    return [ahead, scan(scan_kernel, form, cut, span, {"WRITE": form.write, "SAVE": save})]
+        launches, blocks = [chunks(forward_kernel, form, cut, None, own)], chunk_blocks(form, C)
+    else:
+        own = {"WRITE": form.write, "SAVE": save}
+        launches, blocks = [prepare(form, cut, span, keep=save, again=False)], window_blocks(form, C, span)
+        launches.append(scan(scan_kernel, form, cut, span, own))
+    parts = prepared(form, C, blocks)
+    if not save:  # else it is kept
+        parts["X"] = ((blocks, form.HV, C, C), form.kept) if form.correct else None
+        parts["readouts"] = (readouts(form), torch.float32) if form.chunk else None
+    return Plan(launches, layout(parts), kept(form))
 
 
-def tensors(call: Call, form: Form, room: list[Tensor], save: bool) -> Tensors:
-    """What the kernels read, scratch memory, and what they keep."""
-    states, news, inverses, readouts = room
-    C = block_of(form, save)
-    blocks = chunk_blocks(form, C) if form.chunk else window_blocks(form, C, -(-form.T // C))
-    if not save:
-        inverses = states.new_empty(blocks if form.correct else 0, form.HV, C, C)
-        if form.chunk:
-            readouts = call.q.new_empty(n_rows(form), form.HV, row_size(form), dtype=torch.float32)
-    return {
-        **inputs(call, form, C, owned=not form.chunk),
-        **new_blocks(call, form, C, blocks),
-        "X": inverses if form.correct else None,
+def memory_of(call: Call, form: Form, the: Plan, o: Tensor, ends: list[Tensor], room: list[Tensor]) -> Memory:
+    """What the kernels read, scratch memory, and what they write; of what is kept nothing if there is no room."""
+    S1, sum1, mean1 = (*ends, None, None, None)[:3]
+    given = {
+        **inputs(call, form, block_of(form, bool(room)), owned=not form.chunk),
         "S0": call.S,
         "sum0": call.o_sum,
         "mean0": call.o_mean,
-        "states": states,
-        "news": news,
-        "readouts": readouts if form.chunk else None,
+        "o": o,
+        "S1": S1,
+        "sum1": sum1,
+        "mean1": mean1,
         "counters": new_counters(form, call.q.device) if form.chunk else None,
     }
+    scratch = (the.scratch, the.scratch.new(call.q))
+    if not room:
+        return Memory({**given, "states": None, "news": None}, scratch)
+    return Memory({**given, "readouts": room[1] if form.chunk else None}, scratch, (the.kept, room[0]))

@@ -6,13 +6,16 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridzoo.kernels.fused.form import Form
+from hybridzoo.kernels.fused.memory import Memory, Tensors
 
 # The least log-decay of a token and key channel; below it the gradient is zero. exp(-20) is 2e-9.
 FLOOR = -20.0
@@ -47,40 +50,36 @@ class Launch:
     ) -> None:
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.numbers, self.constants, self.options = dict(numbers), dict(constants), dict(options)
-        given = {**self.numbers, **self.constants}
+        self._given = {**self.numbers, **self.constants}
         names = kernel.arg_names
-        self._values: list[Any] = [given.get(name) for name in names]
+        self._pick = itemgetter(*names)
         self._order = {name: i for i, name in enumerate(names)}
-        self._tensors = [(i, name) for i, name in enumerate(names) if name not in given]
+        self._tensors = [name for name in names if name not in self._given]
         parameters = getattr(kernel, "params", ())  # the interpreter, which compiles nothing, has none
         seen = [_as_seen(numbers[x.name]) for x in parameters if x.name in numbers and not x.do_not_specialize]
         self._key = (id(kernel), *self.constants.values(), *self.options.values(), *seen, kinds)
         self._runs: dict[Any, Callable[..., None]] = {}  # by device, and where tensors lie within 16 bytes
 
-    def start(self, device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
+    def start(self, device: torch.device, tensors: Tensors) -> None:
         """Queue the kernel on `device`, which need not be the current one."""
         with on_device(device):
-            self.starter(tensors)()
+            self.starter(Memory(tensors))()
 
-    def starter(self, tensors: Mapping[str, Tensor | None]) -> Callable[..., None]:
+    def starter(self, memory: Memory) -> Callable[..., None]:
         """Return a function that queues the kernel on the current device, as often as it is called.
 
-        `tensors` holds at least those of the kernel's arguments, by name. What the function is called with, numbers and
-        tensors that are aligned as well as those before, replaces arguments from then on.
+        `memory` holds at least those of the kernel's arguments that are tensors. What the function is called with,
+        numbers and tensors that are aligned as well as those before, replaces arguments from then on.
         """
-        values, low = self._values.copy(), 0
-        for i, name in self._tensors:
-            if (x := tensors[name]) is not None:
-                values[i] = address = x.data_ptr()  # which spares the launcher to ask for it
-                low |= address
+        values = list(self._pick({**memory.addresses, **self._given}))
         key: Any = None
         stream = None
         if torch.cuda.is_initialized():
             key = torch.cuda.current_device()
             # As Triton does: torch's public way takes 20 times as long.
             stream = torch._C._cuda_getCurrentRawStream(key)
-        if low % 16:
-            key = (key, *(0 if values[i] is None else values[i] % 16 for i, _ in self._tensors))
+        if not memory.aligned:
+            key = (key, *((memory.addresses[name] or 0) % 16 for name in self._tensors))
         given: dict[str, Any] = {}
 
         def start(**changes: Any) -> None:
@@ -93,7 +92,7 @@ class Launch:
                 run(*values, stream=stream)
                 return
             if not given:
-                given.update({name: tensors[name] for _, name in self._tensors}, **self.numbers, **self.constants)
+                given.update({name: memory.tensors[name] for name in self._tensors}, **self._given)
             given.update(changes)
             if (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
                 _compiled[self._key, key] = made
@@ -113,6 +112,12 @@ def _nothing(**changes: Any) -> None:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make `device` the current one, which launches go to."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start there before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def flags(form: Form) -> dict[str, Any]:

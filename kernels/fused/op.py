@@ -11,39 +11,39 @@ from hybridzoo.kernels.fused.room import room
 from hybridzoo.kernels.recurrence_op import N_FLOATS, N_TENSORS, Call, delta_rule, register
 
 
-def _forward(call: Call, kept: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(call: Call, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     from hybridzoo.kernels.fused import forward
 
     check_values(call)
     dense = contiguous(call)
-    return forward.run(dense, form_of(dense), kept, save)
+    return forward.run(dense, form_of(dense), save)
 
 
 def _backward(call: Call, kept: list[Tensor], o: Tensor | None, d_results: list[Tensor | None]) -> list[Tensor | None]:
     from hybridzoo.kernels.fused import backward
 
     dense = contiguous(call)
-    d_o, d_S, d_sum, d_mean = d_results
-    content = call.chunk > 0  # else sum and mean are empty
-    given = (
-        _dense_or_zeros(d_o, dense.v),
-        _dense_or_zeros(d_S, dense.S),
-        _dense_or_zeros(d_sum, dense.o_sum) if content else None,
-        _dense_or_zeros(d_mean, dense.o_mean) if content else None,
-    )
-    gradients = backward.run(dense, form_of(dense), kept, o, given)
+    d_o, *d_ends = d_results
+    form = form_of(dense)._replace(ends=any(d is not None for d in d_ends))
+    d_o = torch.zeros_like(dense.v) if d_o is None else d_o.contiguous()
+    if form.ends:
+        N, (HV, V) = call.sequences, call.v.shape[2:]
+        shapes = [(N, HV, call.q.shape[3], V), *([(N, HV, V)] * 2 if call.chunk else [])]
+        d_ends = [
+            call.q.new_zeros(shape, dtype=torch.float32) if d is None else d.contiguous()
+            for d, shape in zip(d_ends, shapes, strict=False)
+        ]
+    d_S, d_sum, d_mean = (*d_ends, None, None, None)[:3]
+    gradients = backward.run(dense, form, kept, o, (d_o, d_S, d_sum, d_mean))
     pairs = zip(gradients, call.tensors[:N_FLOATS], strict=True)
     return [d if d is None or x is None or d.dtype == x.dtype else d.to(x.dtype) for d, x in pairs]
 
 
-def _dense_or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if d is None else d.contiguous()
-
-
 def contiguous(call: Call) -> Call:
     """The call as the kernels read it: dense tensors, and the content pair in float32."""
-    if not all(x is None or x.is_contiguous() for x in call.tensors):
-        dense = [x if x is None else x.contiguous() for x in call.tensors]
+    tensors = call.tensors
+    if not all(x is None or x.is_contiguous() for x in tensors):
+        dense = [x if x is None else x.contiguous() for x in tensors]
         call = Call(*dense, *call[N_TENSORS:])  # type: ignore[arg-type]
     if call.down is None or call.up is None:
         return call
@@ -54,7 +54,7 @@ def check_values(call: Call) -> None:
     """Refuse wrong counts and bounds where they lie in host memory; elsewhere reading them would stop the host."""
     if call.q.device.type != "cpu":
         return
-    if call.chunk:
+    if call.count is not None:
         check_counts(call.count.tolist(), call.chunk)
     if call.cu_seqlens is not None:
         check_bounds(call.cu_seqlens.tolist(), call.q.shape[1])

@@ -20,7 +20,7 @@ def sequence(cu, count0, n, T, C: tl.constexpr, CONTENT: tl.constexpr, VARLEN: t
     """Sequence `n`: its first token in the row of all, its length, tokens seen, and its first block of what is kept."""
     seen = 0
     spare = 1 if CONTENT > 0 else 0  # the grid of content chunks may cut off a first block as well
-    if CONTENT > 0:
+    if CONTENT > 0 and count0 is not None:
         seen = tl.load(count0 + n)
     if VARLEN:
         start = tl.load(cu + n).to(tl.int32)
@@ -110,6 +110,15 @@ def state_of(head, vc, K, V, BK: tl.constexpr):
     kc = tl.arange(0, BK)
     at = head.to(tl.int64) * K * V + kc[None, :] * V + vc[:, None]
     return at, (vc < V)[:, None] & (kc < K)[None, :]
+
+
+@triton.jit
+def begun(start, at, ok):
+    """What a state or its gradient `start` is at the places `at`: zeros for a fresh one, which is None."""
+    if start is None:
+        return tl.zeros(at.shape, tl.float32)
+    else:
+        return tl.load(start + at, mask=ok, other=0.0)
 
 
 @triton.jit

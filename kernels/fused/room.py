@@ -14,26 +14,45 @@ from torch import Tensor
 
 from hybridzoo.kernels.fused.config import block_of
 from hybridzoo.kernels.fused.form import Form, form_of
+from hybridzoo.kernels.fused.memory import Layout, layout
 from hybridzoo.kernels.recurrence_op import Call
 
 
-def room(call: Call, save: bool) -> list[Tensor]:
-    """Memory for the states at blocks' starts, transposed, N, (I + A)^-1, and what content chunks read.
-
-    `[blocks, HV, V, K]`, `[blocks, HV, C, V]`, `[blocks, HV, C, C]` (no blocks without a correction), and `[rows, HV,
-    V + K + 2 r]`: a chunk's mean, the readout of it, and the `tanh` that leads to it with its slope; zeros where no
-    chunk is. bf16 stays bf16; fp16, whose range is too small for a state, becomes float32.
-    """
+def room(call: Call) -> list[Tensor]:
+    """Memory for all that is kept of a call."""
     form = form_of(call)
+    return new_room(call, form, kept(form))
+
+
+def new_room(call: Call, form: Form, layout: Layout) -> list[Tensor]:
+    """Memory for what `kept` lays out, and with a content gate for what its chunks read.
+
+    The latter is `[rows, HV, V + K + 2 r]`: a chunk's mean, the readout of it, and the `tanh` that leads to it with its
+    slope; zeros where no chunk is.
+    """
+    memory = [layout.new(call.q)]
+    if form.chunk:
+        memory.append(call.q.new_zeros(*readouts(form), dtype=torch.float32))
+    return memory
+
+
+def kept(form: Form) -> Layout:
+    """The states at blocks' starts, transposed, `[blocks, HV, V, K]`, N `[blocks, HV, C, V]`, and with a correction
+    (I + A)^-1 `[blocks, HV, C, C]`."""
     K, HV, V, C = form.K, form.HV, form.V, block_of(form, True)
-    blocks = n_blocks(form, C) if save else 0
-    corrected = blocks if form.correct else 0
-    return [
-        call.q.new_empty(blocks, HV, V, K, dtype=form.kept),
-        call.q.new_empty(blocks, HV, C, V, dtype=form.kept),
-        call.q.new_empty(corrected, HV, C, C, dtype=form.kept),
-        call.q.new_zeros(n_rows(form) if save else 0, HV, row_size(form), dtype=torch.float32),
-    ]
+    blocks = n_blocks(form, C)
+    return layout(
+        {
+            "states": ((blocks, HV, V, K), form.kept),
+            "news": ((blocks, HV, C, V), form.kept),
+            "X": ((blocks, HV, C, C), form.kept) if form.correct else None,
+        }
+    )
+
+
+def readouts(form: Form) -> tuple[int, int, int]:
+    """The shape of what content chunks read."""
+    return n_rows(form), form.HV, form.V + form.K + 2 * form.rank
 
 
 def n_blocks(form: Form, C: int) -> int:
@@ -45,8 +64,3 @@ def n_blocks(form: Form, C: int) -> int:
 def n_rows(form: Form) -> int:
     """A bound on the rows of what content chunks read; `places.chunk_row` says where each sequence's begin."""
     return (form.B * form.T) // form.chunk + 2 * form.N if form.chunk else 0
-
-
-def row_size(form: Form) -> int:
-    """How many numbers a row of what content chunks read has."""
-    return form.V + form.K + 2 * form.rank

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence, slots_of, state_of
+from hybridzoo.kernels.fused.places import begun, grid_ends, rows_of, scratch_slot, sequence, slots_of, state_of
 from hybridzoo.kernels.fused.tile import mm
 
 
@@ -99,10 +99,11 @@ def scan_kernel(
     _, end = grid_ends(seen, length, C)
     vc = part * BV + tl.arange(0, BV)
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    S = tl.load(S0 + ends_at, mask=ends_ok, other=0.0)
+    S = begun(S0, ends_at, ends_ok)
     S, _ = scan_blocks(
         S, v, w, W, qE, kZ, P, X, total, o, states, news, first, tl.minimum(first + count, end), n, start, length, seen,
         base, first, count, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, WRITE, PLAIN, 0,
         VARLEN, SAVE, MODE, STAGES,
     )  # fmt: skip
-    tl.store(S1 + ends_at, S, mask=ends_ok)
+    if S1 is not None:
+        tl.store(S1 + ends_at, S, mask=ends_ok)

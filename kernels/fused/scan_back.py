@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridzoo.kernels.fused.places import grid_ends, rows_of, scratch_slot, sequence, state_of
+from hybridzoo.kernels.fused.places import begun, grid_ends, rows_of, scratch_slot, sequence, state_of
 from hybridzoo.kernels.fused.tile import mm
 
 
@@ -65,21 +65,24 @@ def scan_back_blocks(
     return dS
 
 
-@triton.jit(do_not_specialize=["T", "first", "count"])  # a new length compiles nothing
+@triton.jit(do_not_specialize=["T", "first", "count", "later"])  # a new length compiles nothing
 def scan_back_kernel(
-    W, qE, kZ, P, X, total, do, dS1, cu, dS0, dstates, dnews, T, first, count, scale, H, HV, K, V,
+    W, qE, kZ, P, X, total, do, dS1, cu, dS0, dstates, dnews, T, first, count, later, scale, H, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr, CORRECT: tl.constexpr,
     PLAIN: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, value head and part of its value channels, without a content gate; it leaves the state's
-    gradient where the next window is to find it."""
+    gradient in dS0, where the window before it finds it (`later`: one after this has been there)."""
     head, part = tl.program_id(0), tl.program_id(1)
     n, hv = head // HV, head % HV
     start, length, seen, base = sequence(cu, None, n, T, C, 0, VARLEN)
     _, end = grid_ends(seen, length, C)
     vc = part * BV + tl.arange(0, BV)
     ends_at, ends_ok = state_of(head, vc, K, V, BK)
-    dS = tl.load(dS1 + ends_at, mask=ends_ok, other=0.0)
+    if later:
+        dS = tl.load(dS0 + ends_at, mask=ends_ok, other=0.0)
+    else:
+        dS = begun(dS1, ends_at, ends_ok)
     dS = scan_back_blocks(
         dS, None, W, qE, kZ, P, X, total, do, dstates, dnews, first, tl.minimum(first + count, end), n, start, length,
         seen, base, first, count, hv // (HV // H), hv, vc, scale, H, HV, K, V, C, BK, BV, DECAYS, CORRECT, PLAIN, 0,

@@ -1,5 +1,5 @@
-"""What both passes are made of: scratch memory, the launch that fills it, that of a scan, and with a content gate that
-of a group's kernel and what it counts on.
+"""What both passes are made of: their inputs, what scratch memory holds, the launch that fills it, that of a scan, and
+with a content gate that of a group's kernel and what it counts on.
 
 Shapes: H key heads, HV value heads, K key dim, V value dim, C slots in a block, N sequences.
 """
@@ -15,14 +15,13 @@ from hybridzoo.kernels.fused.config import Cuts, options, power
 from hybridzoo.kernels.fused.content import COUNTER
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.launch import MODES, Launch, common, flags, numbers
+from hybridzoo.kernels.fused.memory import Part
 from hybridzoo.kernels.fused.prepare import prepare_kernel
 from hybridzoo.kernels.fused.room import n_blocks
 from hybridzoo.kernels.recurrence_op import Call
 
-Tensors = dict[str, Tensor | None]
 
-
-def inputs(call: Call, form: Form, C: int, *, owned: bool = True) -> Tensors:
+def inputs(call: Call, form: Form, C: int, *, owned: bool = True) -> dict[str, Tensor | None]:
     """A call's tensors as kernels name them, and where they find a block's place: each packed block's sequence (if
     `owned`), the bounds, and counts."""
     return {
@@ -38,6 +37,7 @@ def inputs(call: Call, form: Form, C: int, *, owned: bool = True) -> Tensors:
         "owners": _owners(call, form, C) if form.packed and owned else None,
         "cu": call.cu_seqlens,
         "count0": call.count,
+        **({"qE": call.q, "kZ": call.k} if form.plain else {}),
     }
 
 
@@ -51,18 +51,18 @@ def chunk_blocks(form: Form, C: int) -> int:
     return form.N * form.chunk // C
 
 
-def new_blocks(call: Call, form: Form, C: int, blocks: int) -> Tensors:
-    """Unwritten scratch memory for what `prepare` says of so many blocks, `[blocks, HV, ...]`."""
+def prepared(form: Form, C: int, blocks: int) -> dict[str, Part]:
+    """What `prepare` says of so many blocks, `[blocks, HV, ...]`; queries and keys stay the call's own where nothing
+    becomes of them."""
 
-    def new(*shape: int, dtype: torch.dtype = form.kept) -> Tensor:
-        return call.q.new_empty(blocks, form.HV, *shape, dtype=dtype)
+    def each(*shape: int, dtype: torch.dtype = form.kept) -> Part:
+        return (blocks, form.HV, *shape), dtype
 
     return {
-        "W": new(C, form.K) if form.correct else None,
-        "qE": call.q if form.plain else new(C, form.K),
-        "kZ": call.k if form.plain else new(C, form.K),
-        "P": new(C, C),
-        "total": new(form.K, dtype=torch.float32) if form.decays else None,
+        "W": each(C, form.K) if form.correct else None,
+        **({} if form.plain else {"qE": each(C, form.K), "kZ": each(C, form.K)}),
+        "P": each(C, C),
+        "total": each(form.K, dtype=torch.float32) if form.decays else None,
     }
 
 
@@ -88,7 +88,7 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
     return Launch(prepare_kernel, grid, numbers(form, span), constants, options(cuts.prepare_warps), form.kinds)
 
 
-def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any]) -> Launch:
+def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any], **more: float) -> Launch:
     """The launch of a kernel that goes through windows of `span` blocks, with what only this one is told."""
     constants = {
         **common(form),
@@ -103,10 +103,10 @@ def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any]) ->
     }
     grid = (form.N * form.HV, -(-form.V // cuts.scan_v))
     schedule = options(cuts.scan_warps, cuts.scan_stages)
-    return Launch(kernel, grid, numbers(form, span), constants, schedule, form.kinds)
+    return Launch(kernel, grid, {**numbers(form, span), **more}, constants, schedule, form.kinds)
 
 
-def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str, Any]) -> Launch:
+def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str, Any], **more: float) -> Launch:
     """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told."""
     constants = {
         **flags(form),
@@ -123,7 +123,7 @@ def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str,
         **own,
     }
     grid = (form.N * form.HV * cuts.group,)
-    return Launch(kernel, grid, numbers(form, span), constants, options(cuts.group_warps), form.kinds)
+    return Launch(kernel, grid, {**numbers(form, span), **more}, constants, options(cuts.group_warps), form.kinds)
 
 
 def inverse(form: Form) -> dict[str, str]:

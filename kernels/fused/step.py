@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridzoo.kernels.fused.tile import mm, softplus, tanh
 
@@ -40,14 +41,18 @@ def sums(x, y):
 
 @triton.jit
 def readout_kernel(
-    mean0, down, up, u, N, HV, K, V, down_head, up_head,
-    BN: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
+    mean, count0, down, up, u, count1, N, HV, K, V, down_head, up_head,
+    BN: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, CONTENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`u [N HV, K]`, what a content gate adds to the erase logits (CARVE eq. 7): a program takes BN sequences of a head
-    and D of its key channels.
+    """`u [N HV, K]`, what a content gate adds to the erase logits (CARVE eq. 7), and the counts with the new token: a
+    program takes BN sequences of a head and D of its key channels.
 
-    Ahead of the step, since it takes every channel of a head's mean, which the programs of a step write in place.
+    Ahead of the step, since it takes every channel of a head's mean, and all heads of a sequence read its count. count1
+    may be count0. With EARLY the step may start as soon as all programs of this kernel have.
     """
+    if EARLY:
+        gdc_launch_dependents()
     n, hv = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
     kc, rc = tl.program_id(2) * D + tl.arange(0, D), tl.arange(0, BR)
     n_ok, k_ok, r_ok = (n < N)[:, None], (kc < K)[None, :], rc < RANK
@@ -58,24 +63,28 @@ def readout_kernel(
         vc = d + tl.arange(0, D)
         U1_ok = (vc < V)[:, None] & r_ok[None, :]
         U1 = tl.load(down + hv * down_head + rc[None, :] * V + vc[:, None], mask=U1_ok, other=0.0)
-        mean = tl.load(mean0 + head * V + vc[None, :], mask=n_ok & (vc < V)[None, :], other=0.0)
-        inner += mm(mean, U1, "tf32x3")
+        read = tl.load(mean + head * V + vc[None, :], mask=n_ok & (vc < V)[None, :], other=0.0)
+        inner += mm(read, U1, "tf32x3")
     hidden, _ = tanh(inner)
     tl.store(u + head * K + kc[None, :], mm(hidden, U2, "tf32x3"), mask=n_ok & k_ok)
+    if tl.program_id(1) + tl.program_id(2) == 0:  # one program a sequence
+        seen = tl.load(count0 + n, mask=n < N, other=0) + 1
+        tl.store(count1 + n, tl.where(seen == CONTENT, 0, seen), mask=n < N)
 
 
 @triton.jit
 def step_kernel(
-    q, k, v, g, z, e, w, u, S0, sum0, mean0, count0,
-    o, S1, sum1, mean1, count1,
+    q, k, v, g, z, e, w, u, S0, sum0, mean0, count1,
+    o, S1, sum1, mean1,
     scale, H, HV, K, V,
     BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
     DECAY: tl.constexpr, ERASE: tl.constexpr, CORRECT: tl.constexpr, WRITE: tl.constexpr, STORED: tl.constexpr,
-    CONTENT: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr,
+    CONTENT: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program takes BV value channels of one head of one sequence.
 
-    S1, sum1 and mean1 may be S0, sum0 and mean0. Every head of a sequence reads its count: count1 is not count0.
+    S1 and sum1 may be S0 and sum0; then mean0 is None, and mean1 stays as it is until a chunk is full. `count1` is with
+    the new token.
     """
     # The parts of a head next to each other: they read one row of the state after another.
     head, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -91,16 +100,17 @@ def step_kernel(
     qt, kt = vector(q, key_head, K, kc, k_ok), vector(k, key_head, K, kc, k_ok)
     gt, et = gate(g, head, K, kc, k_ok, DECAY), gate(e, head, K, kc, k_ok, CORRECT)
     vt, wt = vector(v, head, V, vc, v_ok), gate(w, head, V, vc, v_ok, WRITE)
-    seen = tl.load(count0 + n)
     at = head.to(tl.int64) * V + vc
     if ERASE:
         zt = vector(z, head, K, kc, k_ok)
     if CONTENT > 0:
-        ut = vector(u, head, K, kc, k_ok)
         total = tl.load(sum0 + at, mask=v_ok, other=0.0)
-        mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
-        seen += 1
-    full = seen == CONTENT
+        if mean0 is not None:
+            mean = tl.load(mean0 + at, mask=v_ok, other=0.0)
+        if EARLY:  # what follows, the readout's kernel writes; and it reads the mean that this one writes
+            gdc_wait()
+        ut = vector(u, head, K, kc, k_ok)
+        full = tl.load(count1 + n) == 0
     # The compiler begins no sum before it has asked for everything; and in place no thread writes what another reads.
     tl.debug_barrier()
 
@@ -141,6 +151,7 @@ def step_kernel(
     if CONTENT > 0:
         total += out
         tl.store(sum1 + at, tl.where(full, 0.0, total), mask=v_ok)
-        tl.store(mean1 + at, tl.where(full, total / CONTENT, mean), mask=v_ok)
-    # One program a sequence writes it.
-    tl.store(count1 + n, tl.where(full, 0, seen), mask=(hv == 0) & (part == 0))
+        if mean0 is not None:
+            tl.store(mean1 + at, tl.where(full, total / CONTENT, mean), mask=v_ok)
+        elif full:
+            tl.store(mean1 + at, total / CONTENT, mask=v_ok)

@@ -9,7 +9,7 @@ Shapes: N sequences, H key heads, HV value heads, K key dim, V value dim, L cont
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -20,9 +20,9 @@ from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.form import dtypes_of, kind
-from hybridzoo.kernels.fused.launch import FLOOR, Launch
+from hybridzoo.kernels.fused.launch import FLOOR, Launch, starts_early
 from hybridzoo.kernels.operators import define, dense_like
-from hybridzoo.kernels.recurrence_op import STATE, TOKENS
+from hybridzoo.kernels.recurrence_op import STATE, TOKENS, state_after
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 # Warps of a program, and registers of a thread: at most 32 numbers of the state, and what the kernel needs beside them.
@@ -53,18 +53,19 @@ class Step(NamedTuple):
     scale: float
     chunk: int  # L, 0 without a content gate
 
+    @property
+    def state(self) -> DeltaState:
+        """Where the sequences stand."""
+        return DeltaState(self.S, self.o_sum, self.o_mean, self.count)
+
     def tensors(self) -> dict[str, Tensor | None]:
-        """The tensors as the kernel names them."""
-        names = ("q", "k", "v", "g", "z", "down", "up", "e", "w", "S0", "sum0", "mean0", "count0")
+        """The tensors as the kernels name them, the mean aside."""
+        names = ("q", "k", "v", "g", "z", "down", "up", "e", "w", "S0", "sum0", "mean", "count0")
         return cast("dict[str, Tensor | None]", dict(zip(names, self, strict=False)))
 
 
 def no_gradient_to_come(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a call with these tensors may be a step. Within a transform of torch.func what requires a gradient may
-    be hidden, so there none may.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return False
+    """Whether a call with these tensors may be a step."""
     return not torch.is_grad_enabled() or all(x is None or not x.requires_grad for x in tensors)
 
 
@@ -93,27 +94,42 @@ def fused_step(
     rest = (predict == "stored", qk_l2norm, scale, chunk)
     if inplace_state:
         return _in_place_op(*tensors, *rest), state
-    o, *fields = _step_op(*tensors, *rest)
-    return o, DeltaState(*fields)
+    o, ends = _step_op(*tensors, *rest)
+    return o, state_after(ends, state)
 
 
-def start(step: Step, o: Tensor, S: Tensor, o_sum: Tensor, o_mean: Tensor, count: Tensor) -> None:
-    """Run the kernels on a dense `step`, writing the rest. `count` is not `step.count`; the others may be its own."""
-    found = step.tensors()
-    found |= {"o": o, "S1": S, "sum1": o_sum, "mean1": o_mean, "count1": count, "u": None}
-    if step.chunk:
-        found["u"] = step.S.new_empty(step.S.shape[:3])
-    for launch in launches_of(step):
+def start(step: Step, o: Tensor, ends: Sequence[Tensor]) -> None:
+    """Run the kernels on a dense `step`, writing o and `ends`: S, and with a content gate o_sum, o_mean and count, all
+    of them the step's own or none."""
+    in_place = ends[0] is step.S
+    found = memory_of(step, o, ends, in_place)
+    for launch in launches_of(step, in_place, starts_early(step.q.device)):
         launch.start(step.q.device, found)
 
 
-def launches_of(step: Step) -> list[Launch]:
-    """The launches of a dense `step`, the same for all with its sizes, dtypes and options."""
+def memory_of(step: Step, o: Tensor, ends: Sequence[Tensor], in_place: bool) -> dict[str, Tensor | None]:
+    """All tensors as the kernels name them."""
+    S1, sum1, mean1, count1 = (*ends, None, None, None)[:4]
+    return {
+        **step.tensors(),
+        "mean0": None if in_place else step.o_mean,
+        "u": step.S.new_empty(step.S.shape[:3]) if step.chunk else None,
+        "o": o,
+        "S1": S1,
+        "sum1": sum1,
+        "mean1": mean1,
+        "count1": count1,
+    }
+
+
+def launches_of(step: Step, in_place: bool, early: bool) -> list[Launch]:
+    """The launches of a dense `step`, the same for all with its sizes, dtypes and options; `early` where a kernel may
+    start before the one ahead of it has ended."""
     gates = (kind(step.log_decay), step.erase_logits is not None, kind(step.correct), kind(step.write))
     pair = None
     if step.down is not None and step.up is not None:
         pair = (step.down.shape[1], step.down.stride(0), step.up.stride(0))
-    options = (step.stored, step.norm, step.scale, step.chunk)
+    options = (step.stored, step.norm, step.scale, step.chunk, in_place, early)
     return _launches(step.q.shape, step.v.shape, gates, pair, dtypes_of(step.tensors().values()), *options)
 
 
@@ -128,6 +144,8 @@ def _launches(
     norm: bool,
     scale: float,
     chunk: int,
+    in_place: bool,
+    early: bool,
 ) -> list[Launch]:
     """`pair` is the content gate's rank and its strides from head to head."""
     from hybridzoo.kernels.fused.step import readout_kernel, step_kernel
@@ -148,16 +166,25 @@ def _launches(
         "CONTENT": chunk,
         "NORM": norm,
         "FLOOR": FLOOR,
+        "EARLY": early and chunk > 0,
     }
     numbers = {"scale": scale, "H": H, "HV": HV, "K": K, "V": V}
-    schedule = {**options(WARPS), "maxnreg": REGISTERS}
-    step = Launch(step_kernel, (N * HV * parts,), numbers, constants, schedule, dtypes)
+    schedule = {**options(WARPS), "maxnreg": REGISTERS, "launch_pdl": early and chunk > 0}
+    step = Launch(step_kernel, (N * HV * parts,), numbers, constants, schedule, (*dtypes, in_place))
     if pair is None:
         return [step]
     rank, down_head, up_head = pair
     numbers = {"N": N, "HV": HV, "K": K, "V": V, "down_head": down_head, "up_head": up_head}
     channels = min(power(K), power(V), max(16, 2048 // power(rank)))  # of a matrix, that fit in registers
-    constants = {"BN": READERS, "BV": power(V), "BR": power(rank), "D": channels, "RANK": rank}
+    constants = {
+        "BN": READERS,
+        "BV": power(V),
+        "BR": power(rank),
+        "D": channels,
+        "RANK": rank,
+        "CONTENT": chunk,
+        "EARLY": early,
+    }
     grid = (-(-N // READERS), HV, -(-K // channels))
     return [Launch(readout_kernel, grid, numbers, constants, options(WARPS), dtypes), step]
 
@@ -221,39 +248,38 @@ def _overlaps(x: Tensor) -> bool:
 
 
 @without_autocast
-def _step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _step(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     step = Step(*arguments)
     _check(step)
-    o, S1, sum1, mean1, count1 = (dense_like(x) for x in (step.v, step.S, step.o_sum, step.o_mean, step.count))
-    start(_dense(step), o, S1, sum1, mean1, count1)
-    return o, S1, sum1, mean1, count1
+    o, ends = _fake_step(*arguments)
+    start(_dense(step), o, ends)
+    return o, ends
+
+
+def _fake_step(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """Unwritten memory for o, and for S, with a content gate all of a state."""
+    step = Step(*arguments)
+    return dense_like(step.v), [dense_like(x) for x in step.state[: 4 if step.chunk else 1]]
 
 
 @without_autocast
 def _step_in_place(*arguments: Any) -> Tensor:
     step = Step(*arguments)
     _check(step)
-    given = DeltaState(step.S, step.o_sum, step.o_mean, step.count)
-    _check_apart(given)
+    _check_apart(step.state)
     dense = _dense(step)
-    o, count1 = dense_like(step.v), dense_like(step.count)
-    start(dense, o, dense.S, dense.o_sum, dense.o_mean, count1)
-    for field, written in zip(given[:3], (dense.S, dense.o_sum, dense.o_mean), strict=True):
+    o = dense_like(step.v)
+    start(dense, o, dense.state)
+    for field, written in zip(step.state, dense.state, strict=True):
         if written is not field:  # a copy, since the given one is not contiguous
             field.copy_(written)
-    if step.chunk:
-        given.count.copy_(count1)
-    torch.autograd.graph.increment_version(given[:3])  # whoever kept one for a backward pass learns of it
+    torch.autograd.graph.increment_version(step.state)  # whoever kept one for a backward pass learns of it
     return o
 
 
 _OPTIONS = "bool stored, bool norm, float scale, int chunk"
 _IN_PLACE = "Tensor(a!) S, Tensor(b!) o_sum, Tensor(c!) o_mean, Tensor(d!) count"
-_step_op = define(
-    f"fused_step({TOKENS}, {STATE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _step,
-    lambda *given: tuple(dense_like(x) for x in (given[2], *given[9:13])),
-)
+_step_op = define(f"fused_step({TOKENS}, {STATE}, {_OPTIONS}) -> (Tensor, Tensor[])", _step, _fake_step)
 _in_place_op = define(
     f"fused_step_({TOKENS}, {_IN_PLACE}, {_OPTIONS}) -> Tensor", _step_in_place, lambda *given: dense_like(given[2])
 )

@@ -25,6 +25,7 @@ from compiled import planned, usage
 from registry_cases import flag_rows
 
 from hybridzoo.kernels.fused.launch import Launch
+from hybridzoo.kernels.fused.memory import Memory
 
 TOLERANCE = 1e-5
 # Where spills go: bytes of stack that a thread may have. On Ampere a product's accumulators and operands both live in
@@ -133,7 +134,7 @@ def test_tensors_are_freed_when_the_last_start_has_returned() -> None:
         for _ in range(2):  # compiled, and then found compiled
             x = torch.zeros(3)
             alive, launch = weakref.ref(x), Launch(kernel, (1, 1), {"n": 1}, {}, {}, ())
-            start = launch.starter({"x": x})
+            start = launch.starter(Memory({"x": x}))
             start()
             start(n=2)
             del x, start

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from delta_problems import FLAGS, Problem, make_problem, relative_error
+from delta_problems import FLAGS, Problem, gradients_without_ends, make_problem, relative_error
 from device_reads import no_device_reads
 from registry_cases import flag_rows
 
@@ -58,7 +58,8 @@ def on_gpu(problem: Problem, dtype: torch.dtype) -> Problem:
 
 
 def drawn(flags: dict[str, Any], K: int, V: int, seed: int) -> Problem:
-    """A short problem: packed or not, grouped or not, weak and strong decays, repeated keys, corrections up to 2."""
+    """A short problem: packed or not, grouped or not, weak and strong decays, repeated keys, corrections up to 2;
+    of two sizes every second without a state, as they are trained."""
     draw = random.Random(seed)
     words: dict[str, Any] = {"strength": draw.choice((0.01, 3.0, 50.0)), "repeat_keys": draw.random() < 0.3}
     packed = draw.random() < 0.5
@@ -70,6 +71,7 @@ def drawn(flags: dict[str, Any], K: int, V: int, seed: int) -> Problem:
         words["e_max"] = draw.choice((1.0, 2.0))
     words |= {"H": draw.randint(1, 2), "group": draw.randint(1, 2), "seed": seed}
     words["chunk"] = 32 if packed else 64
+    words["with_state"] = seed % 2 == 0 or (K, V) not in ((64, 64), (128, 128))
     case = make_problem(**flags, K=K, V=V, **words)
     case.options["qk_l2norm"] = packed  # not apart: each pair of the two is compiled for
     return case
@@ -136,22 +138,28 @@ def _rounded_anew(case: Problem, dtype: torch.dtype, seed: int) -> Problem:
         noise = 2 * torch.rand(x.shape, generator=draws, dtype=x.dtype) - 1
         return x * (1 + half * noise.to(x.device))
 
-    assert case.state is not None
     moved = {n: x if n in ("down", "up") else rounded(x) for n, x in case.tensors.items()}
-    return Problem(moved, DeltaState(*map(rounded, case.state)), case.chunk, case.options)
+    state = None if case.state is None else DeltaState(*map(rounded, case.state))
+    return Problem(moved, state, case.chunk, case.options)
 
 
 def _results(case: Problem, backend: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Output, final state and gradients of a fixed loss, whose weights are numbers of `dtype` on every backend."""
+    """Output, final state and gradients of a fixed loss, whose weights are numbers of `dtype` on every backend. Where
+    no state is given, none is asked for."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in case.tensors.items()}
-    state = DeltaState(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in case.state))
-    o, end = case.call(backend, leaves, state)
-    ends = {"o": o, "S": end.S, "o_sum": end.o_sum, "o_mean": end.o_mean}
+    state, ends = case.state, {}
+    if state is None:
+        ends["o"], _ = case.call(backend, leaves, return_state=False)
+    else:
+        state = DeltaState(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in state))
+        ends["o"], end = case.call(backend, leaves, state)
+        ends |= {"S": end.S, "o_sum": end.o_sum, "o_mean": end.o_mean}
     seed = torch.Generator().manual_seed(1)
     weights = {n: torch.randn(x.shape, generator=seed).to(x.device, dtype).to(x.dtype) for n, x in ends.items()}
     torch.autograd.backward([x for x in ends.values() if x.numel()], [w for w in weights.values() if w.numel()])
     found = {n: x.detach() for n, x in ends.items()} | {f"d_{n}": x.grad for n, x in leaves.items()}
-    found |= {f"d_state.{n}": x.grad for n, x in zip(state._fields, state, strict=True) if x.requires_grad}
+    if state is not None:
+        found |= {f"d_state.{n}": x.grad for n, x in zip(state._fields, state, strict=True) if x.requires_grad}
     return {n: x for n, x in found.items() if x is not None and x.numel()}
 
 
@@ -172,6 +180,17 @@ def test_two_runs_give_the_same_bits(row: str) -> None:
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("row", ["gdn2", "delta_net", "carve"])
+@pytest.mark.filterwarnings("ignore:.*[Dd]eterministic:UserWarning")
+def test_no_state_is_one_of_zeros_and_asking_for_the_final_one_changes_nothing(row: str, segments: int) -> None:
+    case = on_gpu(make_problem(**ROWS[row], T=300, K=64, V=64, H=2), torch.bfloat16)
+    case.options["segments"] = segments
+    found = [gradients_without_ends(case, with_state, ends) for with_state in (True, False) for ends in (True, False)]
+    assert all(relative_error(x, other[n]) < 1e-6 for other in found[1:] for n, x in found[0].items())
+
+
 def test_it_is_what_a_gpu_gets_by_default_where_it_can() -> None:
     case = on_gpu(make_problem(T=40, K=64, V=64), torch.float32)
     assert torch.equal(case.call("auto")[0], case.call("triton")[0])
@@ -184,11 +203,11 @@ def test_it_is_what_a_gpu_gets_by_default_where_it_can() -> None:
 def test_the_operator_passes_torch_librarys_own_checks() -> None:
     from hybridzoo.kernels.fused import op
 
-    case = on_gpu(make_problem(T=48, K=32, V=32), torch.float32)
-    t = {n: x.requires_grad_() for n, x in case.tensors.items()}
-    names = ("q", "k", "v", "log_decay", "erase_logits", "down", "up", "correct", "write")
-    arguments = (*(t.get(n) for n in names), *case.state, None, False, 0.5, 0, False, 0, True)
-    torch.library.opcheck(op._forward_op, arguments)
+    for with_state, ends in ((True, True), (False, False)):
+        case = on_gpu(make_problem(T=48, K=32, V=32, with_state=with_state), torch.float32)
+        for x in case.tensors.values():
+            x.requires_grad_()
+        torch.library.opcheck(op._forward_op, case.flat(ends))
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:

@@ -282,14 +282,16 @@ def test_a_count_outside_its_chunk_is_refused(backend: str) -> None:
         problem.call(backend, state=problem.state._replace(count=torch.full((2,), 64, dtype=torch.int32)))
 
 
-def test_the_operator_passes_torch_librarys_own_checks() -> None:
+@pytest.mark.parametrize("ends", [True, False], ids=["final state", "no final state"])
+@pytest.mark.parametrize("with_state", [True, False], ids=["given", "fresh"])
+@pytest.mark.parametrize("erase", ["content", "token"])
+def test_the_operator_passes_torch_librarys_own_checks(erase: str, with_state: bool, ends: bool) -> None:
     from hybridzoo.kernels import chunkwise_op
 
-    problem = make_problem(erase="content", T=20, dtype=torch.float32)
-    t = {n: x.requires_grad_() for n, x in problem.tensors.items()}
-    names = ("q", "k", "v", "log_decay", "erase_logits", "down", "up", "correct", "write")
-    arguments = (*(t[n] for n in names), *problem.state, None, False, 0.5, 64, False, 0, True)
-    torch.library.opcheck(chunkwise_op._forward_op, arguments)
+    problem = make_problem(erase=erase, T=20, with_state=with_state, dtype=torch.float32)
+    for x in problem.tensors.values():
+        x.requires_grad_()
+    torch.library.opcheck(chunkwise_op._forward_op, problem.flat(ends))
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
@@ -314,6 +316,24 @@ def test_a_tangent_is_refused_where_it_would_be_lost_and_goes_through_the_refere
     o, tangent = run("reference")
     moved = problem.call("torch", {**problem.tensors, "q": q + 1})[0]  # the output is linear in q
     assert_close({"o": tangent}, {"o": moved - o}, 1e-12)
+
+
+def test_a_transform_of_torch_func_is_refused_and_goes_through_the_reference():
+    problem = make_problem(T=5, B=3)
+
+    def of_rows(backend: str) -> torch.Tensor:
+        def one(q: torch.Tensor) -> torch.Tensor:
+            row = Problem({**problem.tensors, "q": q[None]}, None, 0, problem.options)
+            row.tensors = {n: x if n == "q" else x[:1] for n, x in row.tensors.items()}
+            return row.call(backend)[0].sum()
+
+        return torch.func.vmap(torch.func.grad(one))(problem.tensors["q"])
+
+    gradients = of_rows("reference")
+    assert torch.isfinite(gradients).all()
+    assert gradients.shape == problem.tensors["q"].shape
+    with pytest.raises(NotImplementedError, match=r"no transform of torch\.func, such as grad or vmap"):
+        of_rows("torch")
 
 
 def test_a_second_derivative_is_refused_and_goes_through_the_reference():

@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 from hybridzoo.kernels.fused import backward, forward
 from hybridzoo.kernels.fused.form import form_of
 from hybridzoo.kernels.fused.launch import Launch
+from hybridzoo.kernels.fused.memory import Tensors
 from hybridzoo.kernels.fused.room import room
-from hybridzoo.kernels.fused.scratch import Tensors
 from hybridzoo.kernels.recurrence_op import Call
 
 TYPES = {
@@ -28,9 +28,6 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-
-
-ENDS = ("o", "S1", "sum1", "mean1")
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,11 @@ def planned(
     norm: bool = False,
     group: int = 1,
     inference: bool = False,
+    fresh: bool = False,
 ) -> list[tuple[Launch, Tensors]]:
     """The launches of a call with these five flags, forward and backward, as the host would make them, and tensors.
 
-    With `inference` also those of a forward pass that keeps nothing.
+    With `inference` also those of a forward pass that keeps nothing. States are given and asked for, unless `fresh`.
     """
     B, T, N = (1, 4096, 3) if packed else (2, 2048, 2)
     HV = heads * group
@@ -72,7 +70,7 @@ def planned(
         return {"scalar": empty(B, T, HV), "channel": empty(B, T, HV, dim)}.get(flags[flag])
 
     content = flags["erase"] == "content"
-    tail = V if content else 0
+    started, counted = not fresh, content and not fresh
     call = Call(
         q=empty(B, T, heads, K),
         k=empty(B, T, heads, K),
@@ -83,28 +81,32 @@ def planned(
         up=single(HV, K, rank) if content else None,
         correct=gate("correct", K),
         write=gate("write", V),
-        S=single(N, HV, K, V),
-        o_sum=single(N, HV, tail),
-        o_mean=single(N, HV, tail),
-        count=empty(N, dtype=torch.int32),
+        S=single(N, HV, K, V) if started else None,
+        o_sum=single(N, HV, V) if counted else None,
+        o_mean=single(N, HV, V) if counted else None,
+        count=empty(N, dtype=torch.int32) if counted else None,
         cu_seqlens=empty(N + 1, dtype=torch.int64) if packed else None,
         stored=flags["predict"] == "stored",
         scale=K**-0.5,
         chunk=chunk if content else 0,
         qk_norm=norm,
         segments=0,
+        ends=started,
     )
-    form, kept, ends = form_of(call), room(call, True), [call.v, call.S, call.o_sum, call.o_mean]
+    form, kept, ends = form_of(call), room(call), call.new_ends()
+    found = []
+    for save in (False, True) if inference else (True,):
+        the = forward.plan(form, save)
+        memory = forward.memory_of(call, form, the, call.v, ends, kept if save else [])
+        found += [(launch, memory.tensors) for launch in the.launches]
     back = backward.plan(form)
-    given = forward.tensors(call, form, kept, True)
-    given |= dict(zip(ENDS, ends, strict=True))
-    d_ends = ends if content else [*ends[:2], None, None]
-    given_back = backward.tensors(call, form, back, kept, call.v if norm else None, tuple(d_ends))
-    given_back |= {"d_sum": call.o_sum, "dmean0": call.o_mean, "counters": call.count}
-    without = forward.tensors(call, form, room(call, False), False) | {name: given[name] for name in ENDS}
-    launches = [(x, without) for x in forward.plan(form, False)] if inference else []
-    launches += [(x, given) for x in forward.plan(form, True)]
-    return launches + [(x, given_back) for x in back.launches]
+    d_results = (call.v, *(*ends, None, None, None)[:3])
+    gradients = backward.gradients(call, form, back)
+    counters = empty(N, dtype=torch.int32) if content else None
+    given = backward.memory_of(
+        call, form, back, kept, call.v if norm else None, d_results, {**gradients, "counters": counters}
+    )
+    return found + [(launch, given.tensors) for launch in back.launches]
 
 
 def usage(planned: Launch, tensors: Tensors, capability: int) -> Usage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
@@ -34,6 +34,15 @@ class Problem:
             arguments["content"] = ContentGate(arguments.pop("down"), arguments.pop("up"), self.chunk)
         state = self.state if state is None else state
         return gated_delta_rule(**arguments, state=state, backend=backend, **{**self.options, **options})
+
+    def flat(self, ends: bool = True, save: bool = True) -> tuple[object, ...]:
+        """The arguments of a backend's operator (recurrence_op.py)."""
+        names = ("q", "k", "v", "log_decay", "erase_logits", "down", "up", "correct", "write")
+        state = self.state or (None,) * 4
+        state = state if self.chunk else (state[0], None, None, None)
+        stored = self.options.get("predict") == "stored"
+        tensors = (*(self.tensors.get(name) for name in names), *state, self.options.get("cu_seqlens"))
+        return (*tensors, stored, 0.5, self.chunk, False, 0, ends, save)
 
     def results(self, backend: str, ends: tuple[str, ...] = ("o", "S", "o_sum", "o_mean")) -> dict[str, Tensor]:
         """Output, final state and every gradient by name, of a fixed random loss over the named `ends`."""
@@ -116,6 +125,17 @@ def make_problem(
         chunk if content else 0,
         {"predict": predict, "cu_seqlens": cu_seqlens},
     ).to(dtype)
+
+
+def gradients_without_ends(case: Problem, with_state: bool, ends: bool) -> dict[str, Tensor]:
+    """Output and gradients on `triton` from a state of zeros, given or not, where the final one is asked for or not."""
+    leaves = {n: x.detach().clone().requires_grad_() for n, x in case.tensors.items()}
+    zeros = DeltaState(*(torch.zeros_like(x) for x in case.state)) if with_state else None
+    o, end = replace(case, state=None).call("triton", leaves, zeros, return_state=ends)
+    assert (end is None) != ends
+    weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(o, list(leaves.values()), weights.to(o))
+    return {"o": o.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 FLAGS = {

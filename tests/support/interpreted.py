@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from delta_problems import Problem, assert_close, make_problem, relative_error
+from delta_problems import Problem, assert_close, gradients_without_ends, make_problem, relative_error
 
 from hybridzoo.kernels import DeltaState
 
@@ -137,6 +137,17 @@ def any_number_of_segments_gives_the_same_bits() -> None:
 
 
 @check
+def no_state_is_one_of_zeros_and_asking_for_the_final_one_changes_no_bit() -> None:
+    packed = {"T": 24, "lengths": [5, 0, 19], "erase": "content", "chunk": 16}
+    for words in ({"T": 40}, {"T": 40, "decay": "none"}, CONTENT, packed):
+        for segments in (1, 3):
+            case = problem(**words)
+            case.options["segments"] = segments
+            found = [gradients_without_ends(case, given, ends) for given in (True, False) for ends in (True, False)]
+            assert all(torch.equal(x, other[n]) for other in found[1:] for n, x in found[0].items())
+
+
+@check
 def queries_and_keys_are_brought_to_unit_length_and_the_gradient_goes_through() -> None:
     for words in ({"K": 48, "group": 2}, {**CONTENT}, {"decay": "none", "correct": "none", "lengths": [20, 0, 3]}):
         case = problem(**words)
@@ -247,15 +258,13 @@ def what_is_not_a_packing_or_a_count_is_refused() -> None:
 def the_operator_passes_torch_librarys_own_checks() -> None:
     from hybridzoo.kernels.fused import op
 
-    names = ("q", "k", "v", "log_decay", "erase_logits", "down", "up", "correct", "write")
-    # Where lengths are data, what is kept for the backward pass has places that stay unused, and hold NaN here: nothing
-    # is kept in those calls.
     packed = {"T": 24, "lengths": [5, 0, 19], "group": 2, "decay": "scalar", "write": "one"}
-    for words, save in (({"T": 20}, True), (packed, False), (CONTENT, False)):
-        case = problem(**words)
-        t = {n: x.requires_grad_(save) for n, x in case.tensors.items()}
-        options = (case.options["cu_seqlens"], case.options["predict"] == "stored", 0.5, case.chunk, False, 0, save)
-        torch.library.opcheck(op._forward_op, (*(t.get(n) for n in names), *case.state, *options))
+    for words in ({"T": 20}, packed, CONTENT):
+        for with_state, ends in ((True, True), (False, False)):
+            case = problem(**words, with_state=with_state)
+            for x in case.tensors.values():
+                x.requires_grad_()
+            torch.library.opcheck(op._forward_op, case.flat(ends))
 
 
 @check

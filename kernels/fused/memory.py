@@ -1,0 +1,84 @@
+"""The memory of a pass: tensors by the names that kernels give them, and where they lie.
+
+What only a pass needs is one allocation, laid out in parts: a small call takes longer to ask for twenty than a GPU to
+do its arithmetic. Kernels are handed addresses; the parts become tensors only where something looks at dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property, reduce
+from operator import or_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor | None]
+# A shape and a dtype, or None for what is not there.
+Part = tuple[tuple[int, ...], torch.dtype] | None
+ALIGNED = 256  # bytes: where parts begin, as torch's own allocations do at least
+
+
+class Layout(NamedTuple):
+    """Parts of one allocation by name, where each begins, and their size, in bytes."""
+
+    parts: dict[str, Part]
+    starts: dict[str, int | None]
+    size: int
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype] | None]:
+        """Where each part begins, its shape and its dtype."""
+        found = {}
+        for name, part in self.parts.items():
+            start = self.starts[name]
+            found[name] = None if part is None or start is None else (start, *part)
+        return found
+
+    def new(self, like: Tensor) -> Tensor:
+        """Unwritten memory for all parts, on the device of a tensor."""
+        return like.new_empty(self.size, dtype=torch.uint8)
+
+
+def layout(parts: Mapping[str, Part], same: Mapping[str, str] | None = None) -> Layout:
+    """Lay parts out one after another; a name in `same` stands for the part that it maps to."""
+    starts: dict[str, int | None] = {}
+    size = 0
+    for name, part in parts.items():
+        starts[name] = None
+        if part is not None:
+            shape, dtype = part
+            starts[name] = size
+            size += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+    same = same or {}
+    more = {name: parts[other] for name, other in same.items()}
+    return Layout({**parts, **more}, starts | {name: starts[other] for name, other in same.items()}, size)
+
+
+class Memory:
+    """Tensors, and allocations with their layouts, by the names that kernels give them."""
+
+    def __init__(self, given: Tensors, *held: tuple[Layout, Tensor]) -> None:
+        self._given, self._held = given, held
+        # Not by the launcher, which would ask each tensor once for each kernel.
+        self.addresses: dict[str, int | None] = {name: None if x is None else x.data_ptr() for name, x in given.items()}
+        # To 16 bytes, which kernels are compiled for; allocations are in any case.
+        self.aligned = reduce(or_, filter(None, self.addresses.values()), 0) % 16 == 0
+        for plan, buffer in held:
+            base = buffer.data_ptr()
+            self.addresses.update({name: None if at is None else base + at for name, at in plan.starts.items()})
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """All of them as tensors."""
+        found: dict[str, Tensor | None] = dict(self._given)
+        for plan, buffer in self._held:
+            for name, part in plan.tensors.items():
+                found[name] = None
+                if part is not None:
+                    start, shape, dtype = part
+                    size = math.prod(shape) * dtype.itemsize
+                    found[name] = buffer[start : start + size].view(dtype).view(shape)
+        return found
