@@ -1,8 +1,9 @@
 """The `triton` backend beside fla's chunk kernels on one GPU: forward, forward + backward, and peak memory.
 
-Both sides run the same bfloat16 inputs in one process and in turn. fla tunes each of its kernels when it first meets a
-head size, for minutes: one process a mixer and head size does that side by side, and when all are ready they measure
-one after another. Without fla, or for mixers that it lacks, this side is measured alone.
+Both sides run the same bfloat16 inputs in one process and in turn: a call by itself, and calls in a row. fla tunes each
+of its kernels when it first meets a head size, for minutes: one process a mixer and head size does that side by side,
+and when all are ready they measure one after another. Without fla, or for mixers that it lacks, this side is measured
+alone.
 
     python benchmarks/triton_backend.py                 # prints, and writes benchmarks/results/triton_backend.json
 
@@ -40,6 +41,7 @@ ROWS: dict[str, tuple[str, str, str, str, str, int]] = {
     "carve[content_chunk=128]": ("channel", "channel", "scalar", "scalar", "stored", 128),
 }
 RANK = 16
+IN_A_ROW = 10
 
 
 def inputs(row: str, B: int, T: int, H: int, D: int) -> dict[str, Tensor]:
@@ -109,7 +111,7 @@ Side = Callable[[str, dict[str, Tensor]], Tensor]
 
 
 def timed(row: str, shape: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
-    """Check that the sides agree, then time them in turn, milliseconds, and read GiB above the inputs."""
+    """Check that the sides agree, then time them in turn, milliseconds of a call, and read GiB above the inputs."""
     x = inputs(row, *SHAPES[shape])
     d_out = torch.randn_like(x["v"])
     leaves = list({id(leaf): leaf for leaf in x.values()}.values())
@@ -127,11 +129,15 @@ def timed(row: str, shape: str, sides: dict[str, Side], rounds: int) -> dict[str
         apart = (outputs["fla"] - outputs["hybridzoo"]).norm() / outputs["hybridzoo"].norm()
         found["apart"] = round(apart.item(), 5)
     del outputs
-    found["forward"] = gpu_in_turn({name: partial(forward, side) for name, side in sides.items()}, rounds)
+    forwards = {name: partial(forward, side) for name, side in sides.items()}
+    found["forward"] = gpu_in_turn(forwards, rounds)
+    found["forward_in_a_row"] = gpu_in_turn(forwards, rounds, calls=IN_A_ROW)
     if "fla" in sides and (why := refusal(partial(train, sides["fla"]))):
         found["fla_refuses_backward"] = why
         sides = {"hybridzoo": sides["hybridzoo"]}
-    found["forward_backward"] = gpu_in_turn({name: partial(train, side) for name, side in sides.items()}, rounds)
+    trains = {name: partial(train, side) for name, side in sides.items()}
+    found["forward_backward"] = gpu_in_turn(trains, rounds)
+    found["forward_backward_in_a_row"] = gpu_in_turn(trains, rounds, calls=IN_A_ROW)
     found["peak_gib"] = {name: round(peak_mib(partial(train, side)) / 1024, 2) for name, side in sides.items()}
     return found
 

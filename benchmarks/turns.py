@@ -84,17 +84,25 @@ def _work(
     results.put(None)
 
 
-def gpu_in_turn(sides: Mapping[Side, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[Side, float]:
-    """The median milliseconds of each side on the GPU, all timed once a round; the first `warmup` do not count."""
+def gpu_in_turn(
+    sides: Mapping[Side, Callable[[], object]], rounds: int, warmup: int = 2, calls: int = 1
+) -> dict[Side, float]:
+    """The median milliseconds of a call of each side on the GPU, all timed once a round; the first `warmup` do not
+    count.
+
+    By itself a call finds an idle GPU, which waits for the host; of several `calls` in a row, as in training, the host
+    prepares the next while the GPU works, and the longer of the two counts.
+    """
     times: dict[Side, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + warmup):
         for name, side in sides.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            side()
+            for _ in range(calls):
+                side()
             end.record()
             end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            times[name].append(start.elapsed_time(end) / calls)
     return {name: round(statistics.median(ms[warmup:]), 3) for name, ms in times.items()}
 
 

@@ -1,5 +1,9 @@
 """Normalisations over the last axis. Sums run in float32 (float64 for float64), results return in the input's dtype.
 
+Written out, a norm of bfloat16 inputs keeps up to five float32 copies of them for its backward pass: as much as a whole
+mixer keeps besides. So a gradient keeps the inputs alone, and computes the rest anew; compilers, which choose what to
+keep by themselves, and transforms of torch.func get the equations.
+
 May import torch only. Modules with parameters are in mixers/parts.py.
 
 Shapes: D the normalised axis, `...` anything before it.
@@ -7,11 +11,13 @@ Shapes: D the normalised axis, `...` anything before it.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 GateActivation: TypeAlias = Literal["silu", "sigmoid"]
 
@@ -25,9 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     Raises `ValueError` where weight does not match the last axes.
     """
     _check_weight("rms_norm", x, weight)
-    wide = _wide(x)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else y * weight).to(x.dtype)
+    return _norm(x, None, weight, eps, "silu", True)
 
 
 def gated_rms_norm(
@@ -46,10 +50,10 @@ def gated_rms_norm(
     """
     if gate.shape != x.shape:
         raise ValueError(f"gated_rms_norm: gate {list(gate.shape)} must have the shape of x {list(x.shape)}")
-    opened = _activate(_wide(gate), activation)
-    if norm_before_gate:
-        return (rms_norm(_wide(x), weight, eps) * opened).to(x.dtype)
-    return rms_norm(_wide(x) * opened, weight, eps).to(x.dtype)
+    if activation not in get_args(GateActivation):
+        raise ValueError(f"gated_rms_norm: activation must be 'silu' or 'sigmoid', got {activation!r}")
+    _check_weight("gated_rms_norm", x, weight)
+    return _norm(x, gate, weight, eps, activation, norm_before_gate)
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -58,12 +62,85 @@ def l2_norm(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _L2_EPS)).to(x.dtype)
 
 
-def _activate(gate: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(gate)
-    if activation == "sigmoid":
-        return torch.sigmoid(gate)
-    raise ValueError(f"gated_rms_norm: activation must be 'silu' or 'sigmoid', got {activation!r}")
+def _norm(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, activation: GateActivation, norm_first: bool
+) -> Tensor:
+    written_out = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if written_out or forward_ad._current_level >= 0 or not torch.is_grad_enabled():
+        return _equations(x, gate, weight, eps, activation, norm_first)
+    return _Norm.apply(x, gate, weight, eps, activation, norm_first)
+
+
+def _equations(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, activation: GateActivation, norm_first: bool
+) -> Tensor:
+    wide = _wide(x)
+    opened = None if gate is None else _ACTIVATIONS[activation][0](_wide(gate))
+    if opened is not None and not norm_first:
+        wide = wide * opened
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if opened is not None and norm_first:
+        y = y * opened
+    return y.to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    """`_equations`, of which the backward pass keeps the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*arguments[:3])
+        ctx.options = arguments[3:]
+        return _equations(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        # Of differentiable operations on what was given: so there is a second derivative.
+        x, gate, weight = ctx.saved_tensors
+        eps, activation, norm_first = ctx.options
+        activate, through = _ACTIVATIONS[activation]
+        of_x, of_gate, of_weight, *_ = ctx.needs_input_grad
+        wide, d = _wide(x), _wide(d_y)
+        wide_gate = wide if gate is None else _wide(gate)
+        opened = None if gate is None else activate(wide_gate)
+        inner = wide if opened is None or norm_first else wide * opened
+        scale = torch.rsqrt(inner.square().mean(-1, keepdim=True) + eps)
+        unit = inner * scale
+        d_opened = d
+        if opened is not None and norm_first:
+            d_opened, d = d * (unit if weight is None else unit * weight), d * opened
+        d_weight = None
+        if of_weight:
+            d_weight = (d * unit).flatten(0, x.dim() - weight.dim() - 1).sum(0).to(weight.dtype)
+        if weight is not None:
+            d = d * weight
+        d_x = (d - unit * (d * unit).mean(-1, keepdim=True)) * scale
+        if opened is not None and not norm_first:
+            d_opened, d_x = d_x * wide, d_x * opened
+        d_gate = None
+        if opened is not None and of_gate:
+            d_gate = through(d_opened, wide_gate, opened).to(gate.dtype)
+        return d_x.to(x.dtype) if of_x else None, d_gate, d_weight, None, None, None
+
+
+def _through_silu(d_y: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(d_y, x)
+    opening = torch.sigmoid(x)  # for a second derivative, which the operator has not
+    return d_y * (opening + y * (1 - opening))
+
+
+def _through_sigmoid(d_y: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return d_y * y * (1 - y)
+
+
+# Each activation, and from the gradient of its output, its input and its output the gradient of its input.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, _through_silu),
+    "sigmoid": (torch.sigmoid, _through_sigmoid),
+}
 
 
 def _wide(x: Tensor) -> Tensor:

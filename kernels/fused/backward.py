@@ -11,7 +11,6 @@ L content chunk, r content rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,8 +37,9 @@ from hybridzoo.kernels.fused.scratch import (
 from hybridzoo.kernels.recurrence_op import Call
 
 MOST_WINDOWS = 4
-# Blocks of all heads that a window should have, for its kernels to fill a GPU.
-LEAST_OF_A_WINDOW = 4096
+# Blocks of all heads that a window should have, for its kernels to fill a GPU; with a content gate, whose blocks are
+# shorter and whose heads fill it by themselves, fewer: a window is two launches, and half the scratch memory.
+LEAST_OF_A_WINDOW, LEAST_WITH_CONTENT = 4096, 3072
 
 
 # The gradients of o, S, o_sum and o_mean, dense; of the last three None where the final state has none, and of the last
@@ -63,14 +63,18 @@ def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results:
     """Run the backward pass on a contiguous `call`: its first twelve fields' gradients, None where one is off."""
     with on_device(call.q.device):
         the = plan(form)
+        memory = memory_of(call, form, the, room)
+        ahead = the.launches[0].starter(memory)
+        ahead(**window((the.windows - 1) * the.span, the.span))  # the GPU has work while the host asks for the rest
         counters = new_counters(form, call.q.device, the.windows) if form.chunk else None
         found = gradients(call, form, the)
-        memory = memory_of(call, form, the, room, o, d_results, {**found, "counters": counters})
-        ahead, back, *steps = [launch.starter(memory) for launch in the.launches]
+        memory.add({**results(o, d_results), **found, "counters": counters})
+        back, *steps = [launch.starter(memory) for launch in the.launches[1:]]
         for at in reversed(range(the.windows)):
             place = window(at * the.span, the.span)
             counts = {} if counters is None else {"counters": counters[at]}
-            ahead(**place)
+            if at + 1 < the.windows:
+                ahead(**place)
             back(**place, **counts, later=int(at + 1 < the.windows))
             for step in steps:
                 step(**place)
@@ -95,7 +99,8 @@ def plan(form: Form) -> Plan:
     tokens = form.T + form.chunk - 1 if form.chunk else form.T  # with those of a chunk that was open
     blocks, windows = -(-tokens // (unit * cut.block)) * unit, 1
     if not form.packed:  # else a sequence's length is data
-        windows = min(blocks, form.segments or min(MOST_WINDOWS, blocks * form.N * form.HV // LEAST_OF_A_WINDOW))
+        least = LEAST_WITH_CONTENT if form.chunk else LEAST_OF_A_WINDOW
+        windows = min(blocks, form.segments or min(MOST_WINDOWS, blocks * form.N * form.HV // least))
     span = max(1, -(-blocks // (unit * max(1, windows)))) * unit
     windows = max(1, -(-blocks // span))
     launches = [prepare(form, cut, span, keep=True, again=True)]
@@ -186,28 +191,16 @@ def gradients(call: Call, form: Form, the: Plan) -> dict[str, Tensor | None]:
     }
 
 
-def memory_of(
-    call: Call,
-    form: Form,
-    the: Plan,
-    room: list[Tensor],
-    o: Tensor | None,
-    d_results: Results,
-    found: Mapping[str, Tensor | None],
-) -> Memory:
-    """What the kernels read, scratch memory, and the gradients that they write, which are `found`."""
-    d_o, d_S, d_sum, d_mean = d_results
-    given = {
-        **inputs(call, form, the.cut.block),
-        "readouts": room[1] if form.chunk else None,
-        "o": o,
-        "do": d_o,
-        "dS1": d_S,
-        "dsum1": d_sum,
-        "dmean1": d_mean,
-        **found,
-    }
+def memory_of(call: Call, form: Form, the: Plan, room: list[Tensor]) -> Memory:
+    """The call's inputs, what was kept of it, and scratch memory: all that `prepare` takes."""
+    given = {**inputs(call, form, the.cut.block), "readouts": room[1] if form.chunk else None}
     return Memory(given, (the.scratch, the.scratch.new(call.q)), (the.kept, room[0]))
+
+
+def results(o: Tensor | None, d_results: Results) -> dict[str, Tensor | None]:
+    """The outputs and the gradients that came back, as kernels name them."""
+    d_o, d_S, d_sum, d_mean = d_results
+    return {"o": o, "do": d_o, "dS1": d_S, "dsum1": d_sum, "dmean1": d_mean}
 
 
 def _joined(d: Tensor | None, like: Tensor) -> Tensor | None:

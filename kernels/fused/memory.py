@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property, reduce
+from functools import reduce
 from operator import or_
 from typing import NamedTuple
 
@@ -61,16 +61,24 @@ class Memory:
     """Tensors, and allocations with their layouts, by the names that kernels give them."""
 
     def __init__(self, given: Tensors, *held: tuple[Layout, Tensor]) -> None:
-        self._given, self._held = given, held
+        self._given: dict[str, Tensor | None] = {}
+        self._held = held
         # Not by the launcher, which would ask each tensor once for each kernel.
-        self.addresses: dict[str, int | None] = {name: None if x is None else x.data_ptr() for name, x in given.items()}
-        # To 16 bytes, which kernels are compiled for; allocations are in any case.
-        self.aligned = reduce(or_, filter(None, self.addresses.values()), 0) % 16 == 0
+        self.addresses: dict[str, int | None] = {}
+        self.aligned = True  # to 16 bytes, which kernels are compiled for; allocations are in any case
+        self.add(given)
         for plan, buffer in held:
             base = buffer.data_ptr()
             self.addresses.update({name: None if at is None else base + at for name, at in plan.starts.items()})
 
-    @cached_property
+    def add(self, given: Tensors) -> None:
+        """More tensors, for the launches that are started from now on."""
+        addresses = {name: None if x is None else x.data_ptr() for name, x in given.items()}
+        self.aligned = self.aligned and reduce(or_, filter(None, addresses.values()), 0) % 16 == 0
+        self.addresses.update(addresses)
+        self._given.update(given)
+
+    @property
     def tensors(self) -> Tensors:
         """All of them as tensors."""
         found: dict[str, Tensor | None] = dict(self._given)

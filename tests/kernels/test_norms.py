@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,11 +39,49 @@ def test_l2_norm_gives_unit_length_and_keeps_zero_at_zero_with_a_finite_gradient
     assert x.grad.isfinite().all()
 
 
-def test_gradients_are_exact() -> None:
-    x, gate, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 8), (2, 8), (8,)))
-    assert torch.autograd.gradcheck(rms_norm, (x, weight))
-    assert torch.autograd.gradcheck(gated_rms_norm, (x, gate, weight))
-    assert torch.autograd.gradcheck(l2_norm, (x,))
+Gated = partial[torch.Tensor]
+GATED: list[Gated] = [
+    partial(gated_rms_norm, activation=activation, norm_before_gate=first)
+    for activation in ("silu", "sigmoid")
+    for first in (True, False)
+]
+
+
+@pytest.mark.parametrize("gated", GATED, ids=lambda gated: "-".join(str(word) for word in gated.keywords.values()))
+@pytest.mark.parametrize("groups", [(), (2,)])
+def test_gradients_are_exact_the_second_too(gated: Gated, groups: tuple[int, ...]) -> None:
+    x, gate, weight = (
+        torch.randn(*sizes, *groups, 4, dtype=torch.float64, requires_grad=True) for sizes in ((2, 3), (2, 3), ())
+    )
+    for norm, inputs in ((gated, (x, gate, weight)), (gated, (x, gate)), (rms_norm, (x, weight)), (l2_norm, (x,))):
+        assert torch.autograd.gradcheck(norm, inputs)
+        assert torch.autograd.gradgradcheck(norm, inputs)
+
+
+@pytest.mark.parametrize("gated", GATED, ids=lambda gated: "-".join(str(word) for word in gated.keywords.values()))
+def test_a_gradient_alone_and_tangents_are_those_of_the_written_equations(gated: Gated) -> None:
+    x, gate, weight = (torch.randn(s, requires_grad=True) for s in ((5, 8), (5, 8), (8,)))
+    d_y = torch.randn(5, 8)
+    found = torch.autograd.grad(gated(x, gate, weight), (x, gate, weight), d_y)
+    # Within a transform torch derives them itself.
+    y, back = torch.func.vjp(gated, x.detach(), gate.detach(), weight.detach())
+    torch.testing.assert_close(y, gated(x, gate, weight))
+    for mine, torchs in zip(found, back(d_y), strict=True):
+        torch.testing.assert_close(mine, torchs)
+    _, tangent = torch.func.jvp(partial(gated, gate=gate.detach()), (x.detach(),), (d_y,))
+    (along,) = torch.autograd.grad(gated(x, gate.detach()), x, torch.ones(5, 8))
+    torch.testing.assert_close(tangent.sum(), (along * d_y).sum())
+
+
+def test_for_the_backward_pass_a_norm_keeps_its_inputs_alone() -> None:
+    x, gate, weight = (torch.randn(s, requires_grad=True) for s in ((64, 32), (64, 32), (32,)))
+    narrow, narrow_gate = x.bfloat16(), gate.bfloat16()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        gated_rms_norm(narrow, narrow_gate, weight)
+        rms_norm(narrow, weight)
+    inputs = {tensor.data_ptr() for tensor in (narrow, narrow_gate, weight)}
+    assert {tensor.data_ptr() for tensor in kept} == inputs
 
 
 def test_sixteen_bit_inputs_are_rounded_once() -> None:

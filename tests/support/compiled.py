@@ -103,9 +103,8 @@ def planned(
     d_results = (call.v, *(*ends, None, None, None)[:3])
     gradients = backward.gradients(call, form, back)
     counters = empty(N, dtype=torch.int32) if content else None
-    given = backward.memory_of(
-        call, form, back, kept, call.v if norm else None, d_results, {**gradients, "counters": counters}
-    )
+    given = backward.memory_of(call, form, back, kept)
+    given.add({**backward.results(call.v if norm else None, d_results), **gradients, "counters": counters})
     return found + [(launch, given.tensors) for launch in back.launches]
 
 
