@@ -6,7 +6,6 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.cache import HybridCache, weights_digest
-from hybridzoo.architectures.words import as_index
+from hybridzoo.architectures.whole_file import whole_file
+from hybridzoo.mixers.arguments import as_index
 from hybridzoo.mixers.extras import how_to_install
 
 if TYPE_CHECKING:
@@ -59,12 +59,8 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
         "dtype": str(cache.dtype).removeprefix("torch."),
         "lengths": json.dumps(cache.lengths),
     }
-    half = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as half:
         save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def load_cache(path: str | Path, model: HybridLM) -> HybridCache:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridzoo.architectures.decoding import Decoder, NotFinite
 from hybridzoo.architectures.prompts import Padding, as_prompts, of_array, pack
 from hybridzoo.architectures.sampling import Decode, Ending, Picker, Sampling
-from hybridzoo.architectures.words import whole
+from hybridzoo.mixers.arguments import whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:

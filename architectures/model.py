@@ -20,9 +20,9 @@ from hybridzoo.architectures.generate import Prompts, generate
 from hybridzoo.architectures.prompts import Padding
 from hybridzoo.architectures.sampling import Decode
 from hybridzoo.architectures.spec import Spec, require_spec
-from hybridzoo.architectures.words import whole
 from hybridzoo.blocks.residual import Block, BlockState
 from hybridzoo.kernels.checks import check_bounds, check_cu_seqlens
+from hybridzoo.mixers.arguments import whole
 from hybridzoo.mixers.memory import host_bounds, host_counts
 from hybridzoo.mixers.parts import RMSNorm
 

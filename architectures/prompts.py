@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures.words import as_index
+from hybridzoo.mixers.arguments import as_index
 from hybridzoo.mixers.memory import sent_bounds
 
 Padding = Literal["right", "left"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures.words import real, whole
+from hybridzoo.mixers.arguments import real, whole
 
 Decode = Callable[[list[int]], str]
 

@@ -22,7 +22,7 @@ from hybridzoo.architectures.decoding import Decoder, NotFinite
 from hybridzoo.architectures.generate import check_room, prefill, refuse_unfinished
 from hybridzoo.architectures.prompts import as_prompts
 from hybridzoo.architectures.sampling import Ending, Picker, Sampling
-from hybridzoo.architectures.words import whole
+from hybridzoo.mixers.arguments import whole
 from hybridzoo.mixers.memory import sent
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ cannot run code; each file is written beside its place and renamed, so a killed 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridzoo.architectures.whole_file import whole_file
 from hybridzoo.mixers.schema import SpecError
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def save_run(folder: Path, model: HybridLM, spec: Spec, record: dict[str, Any]) 
     from safetensors.torch import save_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    half = folder / f".{WEIGHTS}.tmp"
-    save_model(model, str(half))  # knows tied weights: each is stored once
-    os.replace(half, folder / WEIGHTS)
+    with whole_file(folder / WEIGHTS) as half:
+        save_model(model, str(half))  # knows tied weights: each is stored once
     _write(folder / SPEC, spec.to_yaml())
     _write(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
@@ -68,6 +67,5 @@ def load_run(folder: Path) -> HybridLM:
 
 
 def _write(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.tmp")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
+    with whole_file(path) as half:
+        half.write_text(text, encoding="utf-8")

@@ -11,13 +11,13 @@ Shapes: N rows, each a sequence.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from hybridzoo.mixers.arguments import as_index
 from hybridzoo.mixers.memory import sent
 
 Cache = TypeVar("Cache", bound="StateCache")
@@ -194,9 +194,9 @@ def rows_of(rows: Sequence[int] | Tensor, n: int, device: torch.device) -> Rows:
         raise TypeError(f"rows must be a list of whole numbers, got {given}: [{given}] is one row")
     found = []
     for row in given:
-        if isinstance(row, bool) or not hasattr(row, "__index__"):
+        if (at := as_index(row)) is None:
             raise TypeError(f"rows must be whole numbers, got {row!r}")
-        found.append(operator.index(row))
-        if not 0 <= found[-1] < n:
+        if not 0 <= at < n:
             raise IndexError(f"row {row} is not one of the cache's {n} (0 to {n - 1})")
+        found.append(at)
     return Rows(found, sent(torch.tensor(found, dtype=torch.int64), device))

@@ -1,8 +1,7 @@
 """Results on disk: one JSON file a trial, written whole or not at all, and never trusted unread.
 
 A file is written beside its place, flushed to the disk and renamed, so a killed process leaves the old file or the new
-one. Each carries a digest of itself: a file that was cut, edited or copied badly is refused with the reason. May import
-nothing of hybridzoo.
+one. Each carries a digest of itself: a file that was cut, edited or copied badly is refused with the reason.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from hybridzoo.architectures.whole_file import whole_file
 
 FORMAT = 1
 SHORT_KEY = 12  # characters of a key that end the name of its file
@@ -64,29 +63,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private; results are for sharing
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk; Windows cannot open a folder, and needs no such call.
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole_file(path) as half:
+        half.write_bytes(content)
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -1,13 +1,12 @@
 """A training that may be stopped: one file holds all that it needs to go on exactly where it was.
 
-May import config.py. loop.py fills and empties it; cli/train.py says where it lies.
+May import config.py and the writing of whole files. loop.py fills and empties it; cli/train.py says where it lies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridzoo.architectures.whole_file import whole_file
 from hybridzoo.training.config import TrainConfig
 
 FORMAT = 1
@@ -79,15 +79,12 @@ class Checkpoint:
     def write(self, kept: Kept) -> None:
         """Keep a run, whole or, if this is cut off, as it was kept before."""
         self.written = time.monotonic()
-        half = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         parts = {field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)}
         try:
-            torch.save({"format": FORMAT, "settings": self.settings, **parts}, half)
-            os.replace(half, self.path)
+            with whole_file(self.path) as half:
+                torch.save({"format": FORMAT, "settings": self.settings, **parts}, half)
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
             raise CheckpointError(f"{self.path}: cannot be written: {error}") from None
-        finally:
-            half.unlink(missing_ok=True)
         self.step, self.seconds, self.written = kept.step, kept.seconds, time.monotonic()
 
     def remove(self) -> None:
