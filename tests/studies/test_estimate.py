@@ -256,7 +256,7 @@ def test_kinds_are_timed_within_the_time_there_is_and_each_once():
 
 
 def test_a_stack_that_cannot_be_timed_stops_neither_the_estimate_nor_the_run(tmp_path):
-    study = study_from({**STUDY, "stacks": {"fine": {"layers": "a"}, "burst": {"layers": "a", "init.std": 1e30}}})
+    study = study_from({**STUDY, "stacks": {"fine": {"layers": "a"}, "burst": {"layers": "a", "init.std": 1e39}}})
     preview = preview_study(study, tmp_path, Execution(engine="here"), display=Display())
     assert preview.estimate is not None
     assert {cost.trial.stack: cost.timed for cost in preview.estimate.costs} == {"fine": True, "burst": False}
