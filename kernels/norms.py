@@ -74,16 +74,20 @@ def _norm(
 def _equations(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, activation: GateActivation, norm_first: bool
 ) -> Tensor:
-    wide = _wide(x)
     opened = None if gate is None else _ACTIVATIONS[activation][0](_wide(gate))
-    if opened is not None and not norm_first:
-        wide = wide * opened
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight
+    inner = x if opened is None or norm_first else x * opened
+    y = _times(inner * _scale(inner, eps), weight)  # 16 bits times 32 are 32
     if opened is not None and norm_first:
         y = y * opened
     return y.to(x.dtype)
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+
+
+def _times(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight
 
 
 class _Norm(torch.autograd.Function):
@@ -97,47 +101,52 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Of differentiable operations on what was given: so there is a second derivative.
+        # Of differentiable operations on what was given: so there is a second derivative. What is wide goes as soon as
+        # it has been used: of seven such copies four are there at once.
         x, gate, weight = ctx.saved_tensors
         eps, activation, norm_first = ctx.options
         activate, through = _ACTIVATIONS[activation]
         of_x, of_gate, of_weight, *_ = ctx.needs_input_grad
-        wide, d = _wide(x), _wide(d_y)
-        wide_gate = wide if gate is None else _wide(gate)
-        opened = None if gate is None else activate(wide_gate)
-        inner = wide if opened is None or norm_first else wide * opened
-        scale = torch.rsqrt(inner.square().mean(-1, keepdim=True) + eps)
+        inner = x if gate is None or norm_first else x * activate(_wide(gate))
+        scale = _scale(inner, eps)
         unit = inner * scale
-        d_opened = d
-        if opened is not None and norm_first:
-            d_opened, d = d * (unit if weight is None else unit * weight), d * opened
-        d_weight = None
+        del inner
+        d_gate = d_weight = None
+        if gate is not None and norm_first:
+            wide_gate = _wide(gate)
+            if of_gate:
+                d_gate = through(d_y * _times(unit, weight), wide_gate).to(gate.dtype)
+            d = d_y * activate(wide_gate)
+            del wide_gate
+        else:
+            d = _wide(d_y)
         if of_weight:
             d_weight = (d * unit).flatten(0, x.dim() - weight.dim() - 1).sum(0).to(weight.dtype)
-        if weight is not None:
-            d = d * weight
-        d_x = (d - unit * (d * unit).mean(-1, keepdim=True)) * scale
-        if opened is not None and not norm_first:
-            d_opened, d_x = d_x * wide, d_x * opened
-        d_gate = None
-        if opened is not None and of_gate:
-            d_gate = through(d_opened, wide_gate, opened).to(gate.dtype)
-        return d_x.to(x.dtype) if of_x else None, d_gate, d_weight, None, None, None
+        d = _times(d, weight)
+        d = torch.addcmul(d, unit, (d * unit).mean(-1, keepdim=True), value=-1)
+        del unit
+        d = d * scale
+        if gate is not None and not norm_first:
+            if of_gate:
+                d_gate = through(d * x, _wide(gate)).to(gate.dtype)
+            d = d * activate(_wide(gate))
+        return d.to(x.dtype) if of_x else None, d_gate, d_weight, None, None, None
 
 
-def _through_silu(d_y: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _through_silu(d_y: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.ops.aten.silu_backward(d_y, x)
     opening = torch.sigmoid(x)  # for a second derivative, which the operator has not
-    return d_y * (opening + y * (1 - opening))
+    return d_y * opening * (1 + x * (1 - opening))
 
 
-def _through_sigmoid(d_y: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _through_sigmoid(d_y: Tensor, x: Tensor) -> Tensor:
+    y = torch.sigmoid(x)
     return d_y * y * (1 - y)
 
 
-# Each activation, and from the gradient of its output, its input and its output the gradient of its input.
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+# Each activation, and from the gradient of its output and its input the gradient of its input.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, _through_silu),
     "sigmoid": (torch.sigmoid, _through_sigmoid),
 }
