@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.architectures.cache import HybridCache, weights_digest
-from hybridzoo.architectures.whole_file import whole_file
+from hybridzoo.architectures.whole_file import remove_halves, whole_file
 from hybridzoo.mixers.arguments import as_index
 from hybridzoo.mixers.extras import how_to_install
 
@@ -59,6 +59,7 @@ def save_cache(cache: HybridCache, path: str | Path, model: HybridLM) -> None:
         "dtype": str(cache.dtype).removeprefix("torch."),
         "lengths": json.dumps(cache.lengths),
     }
+    remove_halves(path)
     with whole_file(path) as half:
         save_file({name: x.contiguous() for name, x in cache.contents().items()}, str(half), header)
 

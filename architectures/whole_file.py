@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
-import threading
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a place beside `path` to write to, whose file takes `path` as the block ends.
 
     Readers see the old file or the whole new one, and so they do after a crash: it is on the disk before it is renamed.
-    Where the block breaks, the old file stays and nothing else. What a killed process leaves is called
-    `.NAME.*.tmp`.
+    Where the block breaks, the old file stays and nothing else; what a killed process leaves, `remove_halves` removes.
     """
-    half = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    half = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield half
         with half.open("rb+") as file:
@@ -28,12 +28,20 @@ def whole_file(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def remove_halves(path: Path) -> None:
+    """Remove what processes that were killed have left of `path`; for files that nobody else is writing."""
+    for half in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        half.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk; Windows cannot open a folder, and needs no such call.
+    # The rename itself must reach the disk. Windows cannot open a folder, and needs no such call; some file systems of
+    # networks refuse it, and the file is in its place all the same.
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

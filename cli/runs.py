@@ -1,7 +1,7 @@
 """A trained model's folder: `spec.yaml` (resolved), `model.safetensors`, `run.json`. May import everything.
 
 `hybridzoo train` writes one, `hybridzoo generate` reads it. Weights are stored as safetensors, which holds tensors and
-cannot run code; each file is written beside its place and renamed, so a killed process leaves no half of one.
+cannot run code; each file is written beside its place and renamed, so a killed process leaves no half under its name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridzoo.architectures.whole_file import whole_file
+from hybridzoo.architectures.whole_file import remove_halves, whole_file
 from hybridzoo.mixers.schema import SpecError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def save_run(folder: Path, model: HybridLM, spec: Spec, record: dict[str, Any]) 
     from safetensors.torch import save_model
 
     folder.mkdir(parents=True, exist_ok=True)
+    remove_halves(folder / WEIGHTS)
     with whole_file(folder / WEIGHTS) as half:
         save_model(model, str(half))  # knows tied weights: each is stored once
     _write(folder / SPEC, spec.to_yaml())

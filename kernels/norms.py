@@ -1,7 +1,7 @@
 """Normalisations over the last axis. Sums run in float32 (float64 for float64), results return in the input's dtype.
 
-Written out, a norm of bfloat16 inputs keeps up to five float32 copies of them for its backward pass: as much as a whole
-mixer keeps besides. So a gradient keeps the inputs alone, and computes the rest anew; compilers, which choose what to
+Written out, a norm of bfloat16 inputs keeps up to five float32 copies of them for its backward pass, a quarter of what
+a mixer's layer keeps. So a gradient keeps the inputs alone, and computes the rest anew; compilers, which choose what to
 keep by themselves, and transforms of torch.func get the equations.
 
 May import torch only. Modules with parameters are in mixers/parts.py.
@@ -121,7 +121,9 @@ class _Norm(torch.autograd.Function):
         else:
             d = _wide(d_y)
         if of_weight:
-            d_weight = (d * unit).flatten(0, x.dim() - weight.dim() - 1).sum(0).to(weight.dtype)
+            d_weight = (d * unit).sum_to_size(weight.shape).to(weight.dtype)
+        if not of_x and (norm_first or not of_gate):
+            return None, d_gate, d_weight, None, None, None
         d = _times(d, weight)
         d = torch.addcmul(d, unit, (d * unit).mean(-1, keepdim=True), value=-1)
         del unit
@@ -141,8 +143,7 @@ def _through_silu(d_y: Tensor, x: Tensor) -> Tensor:
 
 
 def _through_sigmoid(d_y: Tensor, x: Tensor) -> Tensor:
-    y = torch.sigmoid(x)
-    return d_y * y * (1 - y)
+    return torch.ops.aten.sigmoid_backward(d_y, torch.sigmoid(x))
 
 
 # Each activation, and from the gradient of its output and its input the gradient of its input.

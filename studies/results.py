@@ -1,7 +1,8 @@
 """Results on disk: one JSON file a trial, written whole or not at all, and never trusted unread.
 
 A file is written beside its place, flushed to the disk and renamed, so a killed process leaves the old file or the new
-one. Each carries a digest of itself: a file that was cut, edited or copied badly is refused with the reason.
+one. Each carries a digest of itself: a file that was cut, edited or copied badly is refused with the reason. May import
+the writing of whole files.
 """
 
 from __future__ import annotations

@@ -67,20 +67,19 @@ class _Record:
         from importlib.metadata import version
 
         import torch
+        from kernel_digests import kernel_digests
 
-        from hybridzoo import kernels
-        from hybridzoo.kernels.source import folder_digest
         from hybridzoo.studies.environment import environment
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         made = {**environment(device), "triton": version("triton")}
-        digest = folder_digest(Path(kernels.__file__).parent)
+        digests = kernel_digests()
         passed, failed = self.found, self.failed
-        if self.path.exists() and (before := json.loads(self.path.read_text(encoding="utf-8")))["kernels"] == digest:
+        if self.path.exists() and (before := json.loads(self.path.read_text(encoding="utf-8")))["kernels"] == digests:
             passed = {**before["passed"], **passed}
             failed = failed | set(before["failed"])
         passed = {name: errors for name, errors in sorted(passed.items()) if name not in self.failed}
-        result = {"environment": made, "kernels": digest, "failed": sorted(failed - set(self.found)), "passed": passed}
+        result = {"environment": made, "kernels": digests, "failed": sorted(failed - set(self.found)), "passed": passed}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridzoo.architectures.whole_file import whole_file
+from hybridzoo.architectures.whole_file import remove_halves, whole_file
 from hybridzoo.training.config import TrainConfig
 
 FORMAT = 1
@@ -90,8 +90,7 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget what was kept."""
         self.path.unlink(missing_ok=True)
-        for half in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a writing that was killed
-            half.unlink(missing_ok=True)
+        remove_halves(self.path)
         self.kept, self.step, self.seconds = None, 0, 0.0
 
     def _read(self) -> Kept:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridzoo.architectures.whole_file import whole_file
+from hybridzoo.architectures.whole_file import remove_halves, whole_file
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -46,6 +46,28 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     with whole_file(path) as half:
         half.write_text("new")
     assert happened[:2] == ["on the disk", "named"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".file.0a1b.tmp", "file", ".file[1].0a.tmp", ".file2.0a.tmp", "file.tmp"):
+        (tmp_path / name).write_text("mine")
+    remove_halves(tmp_path / "file")
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".file2.0a.tmp", ".file[1].0a.tmp", "file", "file.tmp"]
+    remove_halves(tmp_path / "file[1]")
+    assert not (tmp_path / ".file[1].0a.tmp").exists()
+
+
+def test_a_folder_that_cannot_be_synced_has_the_file_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "open", refuses)
+    with whole_file(tmp_path / "file") as half:
+        half.write_text("new")
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_threads_that_write_one_file_leave_one_of_their_files(tmp_path: Path) -> None:

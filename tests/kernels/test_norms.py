@@ -49,9 +49,10 @@ GATED: list[Gated] = [
 
 @pytest.mark.parametrize("gated", GATED, ids=lambda gated: "-".join(str(word) for word in gated.keywords.values()))
 @pytest.mark.parametrize("groups", [(), (2,)])
-def test_gradients_are_exact_the_second_too(gated: Gated, groups: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("before", [(2, 3), ()])
+def test_gradients_are_exact_the_second_too(gated: Gated, groups: tuple[int, ...], before: tuple[int, ...]) -> None:
     x, gate, weight = (
-        torch.randn(*sizes, *groups, 4, dtype=torch.float64, requires_grad=True) for sizes in ((2, 3), (2, 3), ())
+        torch.randn(*sizes, *groups, 4, dtype=torch.float64, requires_grad=True) for sizes in (before, before, ())
     )
     for norm, inputs in ((gated, (x, gate, weight)), (gated, (x, gate)), (rms_norm, (x, weight)), (l2_norm, (x,))):
         assert torch.autograd.gradcheck(norm, inputs)
@@ -68,9 +69,23 @@ def test_a_gradient_alone_and_tangents_are_those_of_the_written_equations(gated:
     torch.testing.assert_close(y, gated(x, gate, weight))
     for mine, torchs in zip(found, back(d_y), strict=True):
         torch.testing.assert_close(mine, torchs)
+    # A batch of gradients at once, as a Jacobian takes them.
+    y, many = gated(x, gate, weight), torch.stack([d_y, 2 * d_y])
+    for mine, batch in zip(found, torch.autograd.grad(y, (x, gate, weight), many, is_grads_batched=True), strict=True):
+        torch.testing.assert_close(batch, torch.stack([mine, 2 * mine]))
     _, tangent = torch.func.jvp(partial(gated, gate=gate.detach()), (x.detach(),), (d_y,))
     (along,) = torch.autograd.grad(gated(x, gate.detach()), x, torch.ones(5, 8))
     torch.testing.assert_close(tangent.sum(), (along * d_y).sum())
+
+
+@pytest.mark.parametrize("gated", GATED, ids=lambda gated: "-".join(str(word) for word in gated.keywords.values()))
+def test_a_gradient_that_is_not_asked_for_changes_no_other(gated: Gated) -> None:
+    inputs = [torch.randn(s, requires_grad=True) for s in ((5, 8), (5, 8), (8,))]
+    every = torch.autograd.grad(gated(*inputs).sum(), inputs)
+    for i, x in enumerate(inputs):
+        alone = [one if one is x else one.detach() for one in inputs]
+        (found,) = torch.autograd.grad(gated(*alone).sum(), x)
+        torch.testing.assert_close(found, every[i], rtol=0, atol=0)
 
 
 def test_for_the_backward_pass_a_norm_keeps_its_inputs_alone() -> None:

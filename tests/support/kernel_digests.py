@@ -1,0 +1,17 @@
+"""What the kernels are: a digest of every file of `kernels/`, by which a check on a GPU is known to be of these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybridzoo import kernels
+from hybridzoo.kernels.source import source_digest
+
+
+def kernel_digests(folder: Path | None = None) -> dict[str, str]:
+    """Each Python file below `kernels/`, or another folder, with a hash of what it does: comments aside."""
+    folder = Path(kernels.__file__).parent if folder is None else folder
+    return {
+        path.relative_to(folder).as_posix(): source_digest([path.read_text(encoding="utf-8")])
+        for path in sorted(folder.rglob("*.py"))
+    }
