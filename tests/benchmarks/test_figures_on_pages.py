@@ -69,6 +69,13 @@ def test_what_is_said_of_that_table_is_what_was_recorded() -> None:
     pairs = {(*at, which): r[which] for at, r in found.items() for which in PASSES if "fla" in r[which]}
     slower = {at for at, ms in pairs.items() if ms["hybridzoo"] > ms["fla"]}
     assert slower == {("mamba2", LONG, "forward")}
+    in_a_row = {(*at, which): r for at, r in found.items() for which in IN_A_ROW if "fla" in r[which]}
+    slower = {at for at, r in in_a_row.items() if r[at[2]]["hybridzoo"] > r[at[2]]["fla"]}
+    assert slower == {(mixer, LONG, IN_A_ROW[0]) for mixer in ("mamba2", "gated_delta_net")}
+    by = tuple(ratio(found[mixer, LONG], IN_A_ROW[0]) for mixer in ("mamba2", "gated_delta_net"))
+    assert figures("docs/kernels.md", r"there by (\S+), and `gated_delta_net` by (\d\.\d\d)") == by
+    said = figures(NOTES, r"(\S+) by itself, (\S+) in a row, where gated_delta_net takes (\S+) of")
+    assert said == (ratio(found["mamba2", LONG], PASSES[0]), *by)
     pattern = r"takes (\S+) GiB beside the inputs for gdn2 where fla takes ([\d.]+), (\S+) for kda \((\S+)\),"
     peaks = [found[mixer, LARGE]["peak_gib"][side] for mixer in ("gdn2", "kda") for side in ("hybridzoo", "fla")]
     assert figures("docs/kernels.md", pattern) == tuple(f"{peak:.2f}" for peak in peaks)
@@ -110,6 +117,21 @@ def test_calls_in_a_row_are_what_was_recorded() -> None:
         result = found[mixer, SMALL]
         times = " / ".join(f"{result[which]['hybridzoo']:.2f}" for which in IN_A_ROW)
         assert cell == f"{times} ({' / '.join(ratio(result, which) for which in IN_A_ROW)})"
+
+
+def test_the_cold_starts_are_what_was_recorded() -> None:
+    found = {result["mixer"]: result for result in results_of("cold_start")}
+    first = {mixer: f"{result['first_s']:.1f}" for mixer, result in found.items()}
+    said = figures(NOTES, r"first gradient mamba2 takes (\S+) s, carve (\S+), gdn2 (\S+) and kda (\S+), after")
+    assert said == tuple(first[mixer] for mixer in ("mamba2", "carve", "gdn2", "kda"))
+    said = figures("docs/kernels.md", r"it takes (\d+) s for mamba2 and (\d+) to (\d+) s for gdn2, kda and carve")
+    whole = {mixer: round(result["first_s"]) for mixer, result in found.items()}
+    mamba2 = whole.pop("mamba2")
+    assert tuple(map(int, said)) == (mamba2, min(whole.values()), max(whole.values()))
+    then = [(mixer, one) for mixer, result in found.items() for one in result["then"]]
+    heads = {(mixer, one["B"] * one["H"]): f"{one['first_ms'] / 1000:.1f}" for mixer, one in then}
+    said = figures(NOTES, r"Of 48 heads after 128: gdn2 (\S+) s, carve (\S+) s; of 256 heads: carve (\S+) s\.")
+    assert said == (heads["gdn2", 48], heads["carve", 48], heads["carve", 256])
 
 
 def test_the_layers_are_what_was_recorded() -> None:
@@ -227,7 +249,13 @@ def test_the_page_beside_other_libraries_quotes_it() -> None:
     assert [float(number) for number in said] == [found[which][end] for which in reversed(PASSES) for end in (0, -1)]
     kda = next(layer for layer in results_of("layer") if layer["side"] == "fla" and layer["mixer"] == "kda")
     numbers = [f"{kda[key][side]:.0f}" for key in ("kept_mib", "peak_mib") for side in ("hybridzoo", "fla")]
-    assert figures(page, r"(\d+) MiB are kept.*keeps (\d+),.*?(\d+) MiB against (\d+)") == tuple(numbers)
+    gdn2 = next(layer for layer in results_of("layer") if layer["side"] == "fla" and layer["mixer"] == "gdn2")
+    numbers += [f"{gdn2[key][side]:.0f}" for key in ("kept_mib", "peak_mib") for side in ("hybridzoo", "fla")]
+    pattern = (
+        r"(\d+) MiB are kept.*keeps (\d+), .* too: (\d+) MiB against (\d+); a layer of gdn2 keeps (\d+) against "
+        r"(\d+), with a peak of (\d+) against (\d+)"
+    )
+    assert figures(page, pattern) == tuple(numbers)
 
 
 def rows_below(page: str, text: str) -> list[list[str]]:

@@ -10,8 +10,8 @@ from kernel_digests import kernel_digests
 
 from hybridzoo import kernels
 
-# Plain PyTorch that no kernel and nothing on the way to one calls: what a GPU found of the kernels holds whatever becomes
-# of it. Its own tests hold it to its equations, with first and second derivatives in float64.
+# Plain PyTorch that no kernel and nothing on the way to one calls: what a GPU found of the kernels holds whatever it
+# becomes. Its own tests hold it to its equations, with first and second derivatives in float64.
 NO_KERNELS = {"norms.py"}
 OF_FLAGS = "test_every_row_of_flags_is_the_recurrence_forward_and_backward"
 OF_HEADS = "test_it_stays_so_over_more_heads_than_run_at_once"

@@ -90,7 +90,9 @@ def test_a_shipped_configuration_compiles_within_its_bounds(
     row: str, size: str, dtype: str, capability: int, packed: bool
 ) -> None:
     kind = "4 bytes" if dtype != "bf16" else "bf16 on Ampere" if capability == 80 else "bf16"
-    for launch, tensors in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, norm=packed, inference=True):
+    # As training has it, without a state before or after; and with both.
+    words = {"norm": packed, "fresh": not packed, "inference": True}
+    for launch, tensors in planned(ROWS[row], *SIZES[size], DTYPES[dtype], packed, **words):
         takes = usage(launch, tensors, capability)
         assert takes.shared <= MOST_SHARED * 1024, (launch.kernel.fn.__name__, takes)
         most = STACK_OF_GROUPS if "GROUP" in launch.constants else STACK[kind]
@@ -103,9 +105,10 @@ def test_launches_that_share_what_is_compiled_are_given_tensors_of_the_same_dtyp
     seen: dict[Any, Any] = {}
     for row in ("linear_attention", "gdn2", "carve"):
         for dtype, K in itertools.product(DTYPES.values(), (64, 128)):
-            for heads, group, norm, packed in itertools.product((2, 4), (1, 2), (False, True), (False, True)):
+            for heads, group, *flags in itertools.product((2, 4), (1, 2), *[(False, True)] * 3):
+                words = dict(zip(("norm", "packed", "fresh"), flags, strict=True))
                 for launch, tensors in planned(
-                    ROWS[row], K, 64, dtype, packed, heads=heads, group=group, norm=norm, inference=True
+                    ROWS[row], K, 64, dtype, heads=heads, group=group, inference=True, **words
                 ):
                     given = [tensors.get(name) for name in launch.kernel.arg_names]
                     dtypes = [None if x is None else x.dtype for x in given]

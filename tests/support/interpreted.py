@@ -280,6 +280,18 @@ def a_compiled_call_is_one_graph_with_the_same_results() -> None:
 
 
 @check
+def a_transform_of_torch_func_is_refused() -> None:
+    for T in (5, 1):
+        case = problem(T=T)
+
+        def of_row(q: torch.Tensor, case: Problem = case) -> torch.Tensor:
+            return case.call("triton", {**case.tensors, "q": q})[0]
+
+        with pytest.raises(NotImplementedError, match=r"no transform of torch\.func, such as grad or vmap"):
+            torch.func.vmap(of_row)(case.tensors["q"][None])
+
+
+@check
 def the_automatic_choice_on_a_cpu_stays_pytorch() -> None:
     case = problem(T=20)
     assert torch.equal(case.call("auto")[0], case.call("torch")[0])
