@@ -195,7 +195,9 @@ def test_a_compiled_step_makes_the_loss_alone_and_trains_as_the_plain_one_does(c
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    plain = TrainConfig(steps=4, batch_size=4, lr=1e-2, log_every=1, amp=amp, device="cpu", compile=False)
+    # At the longer steps what bfloat16 rounds makes two thirds of a gradient within three of them.
+    lr = 1e-2 if amp == "none" else 1e-4
+    plain = TrainConfig(steps=4, batch_size=4, lr=lr, log_every=1, amp=amp, device="cpu", compile=False)
     _, expected = run(small, counting_task, plain)
     assert not returned
     _, found = run(small, counting_task, dataclasses.replace(plain, compile=True))
