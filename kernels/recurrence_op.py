@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.autocast import without_autocast
-from hybridzoo.kernels.operators import define, dense_like, differentiate, first_order, without_gradient
+from hybridzoo.kernels.operators import define, dense_like, first_order
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
@@ -202,7 +202,7 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
     class Rule(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            o, ends, kept = without_gradient(run, arguments)
+            o, ends, kept = run.without_gradient(arguments)
             ctx.options = arguments[N_TENSORS:-1]
             qk_norm = ctx.options[3]  # whose gradient is read off the outputs
             ctx.save_for_backward(*arguments[:N_TENSORS], o if qk_norm else None, *kept)
@@ -219,7 +219,7 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
             spare = [None] * (len(Call._fields) + 1 - N_FLOATS)
             return *(None if x is None else next(found) for x in inputs[:N_FLOATS]), *spare
 
-    differentiate(run, Rule, N_FLOATS, lambda o, *ends: (o, ends, []))
+    run.differentiate(Rule, N_FLOATS, lambda o, *ends: (o, ends, []))
     return run
 
 

@@ -291,7 +291,7 @@ def test_the_operator_passes_torch_librarys_own_checks(erase: str, with_state: b
     problem = make_problem(erase=erase, T=20, with_state=with_state, dtype=torch.float32)
     for x in problem.tensors.values():
         x.requires_grad_()
-    torch.library.opcheck(chunkwise_op._forward_op, problem.flat(ends))
+    torch.library.opcheck(chunkwise_op._forward_op.operator, problem.flat(ends))
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
