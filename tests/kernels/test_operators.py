@@ -10,7 +10,7 @@ from delta_problems import make_problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +36,7 @@ def test_a_mode_sees_both_passes() -> None:
 
 
 def test_a_profiler_sees_both_passes() -> None:
-    with profile() as profiled:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         make_problem().results("torch")
     assert {NAME, f"{NAME}_backward"} <= {event.name for event in profiled.events()}
 
