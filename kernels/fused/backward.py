@@ -38,7 +38,7 @@ from hybridzoo.kernels.recurrence_op import Call
 
 MOST_WINDOWS = 4
 # Blocks of all heads that a window should have, for its kernels to fill a GPU; with a content gate, whose blocks are
-# shorter and whose heads fill it by themselves, fewer: a window is two launches, and half the scratch memory.
+# shorter and whose heads fill it by themselves, fewer: another window is two launches, and less scratch memory.
 LEAST_OF_A_WINDOW, LEAST_WITH_CONTENT = 4096, 3072
 
 

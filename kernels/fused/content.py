@@ -4,8 +4,8 @@ What decays a content chunk has is known once the outputs of the chunk before ar
 those of one sequence and head. A group of programs therefore goes through all chunks of its head, and does in each what
 launches do without a content gate. Forward its blocks are prepared, one by each program, and the state goes through
 them, some of the value channels in each program. Backward, where all blocks of a window are prepared before, the
-state's gradient goes through them, and all other gradients follow in two steps. After every step the group meets, and
-nobody else waits.
+state's gradient goes through them, and all other gradients follow in two steps. After every step the group meets, but
+between those two where a block is one program's; nobody else waits.
 
 A program may wait only for one that runs. Programs take their seats in the order in which they start, so all of a group
 run, or the last ones are the next to start once any program ends. Where programs run one after another, as in the

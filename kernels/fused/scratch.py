@@ -89,7 +89,8 @@ def prepare(form: Form, cuts: Cuts, span: int, *, keep: bool, again: bool) -> La
 
 
 def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any], **more: float) -> Launch:
-    """The launch of a kernel that goes through windows of `span` blocks, with what only this one is told."""
+    """The launch of a kernel that goes through windows of `span` blocks, with what only this one is told: constants,
+    and numbers."""
     constants = {
         **common(form),
         "C": cuts.block,
@@ -107,7 +108,8 @@ def scan(kernel: Any, form: Form, cuts: Cuts, span: int, own: dict[str, Any], **
 
 
 def chunks(kernel: Any, form: Form, cuts: Cuts, span: int | None, own: dict[str, Any], **more: float) -> Launch:
-    """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told."""
+    """The launch of a kernel that goes from content chunk to content chunk, with what only this one is told: constants,
+    and numbers."""
     constants = {
         **flags(form),
         "WRITE": form.write,

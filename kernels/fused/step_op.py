@@ -59,7 +59,7 @@ class Step(NamedTuple):
         return DeltaState(self.S, self.o_sum, self.o_mean, self.count)
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """The tensors as the kernels name them, the mean aside."""
+        """The tensors as the kernels name them, but for `mean0`, the mean where it is not written in place."""
         names = ("q", "k", "v", "g", "z", "down", "up", "e", "w", "S0", "sum0", "mean", "count0")
         return cast("dict[str, Tensor | None]", dict(zip(names, self, strict=False)))
 

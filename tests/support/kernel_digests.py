@@ -8,9 +8,9 @@ from hybridzoo import kernels
 from hybridzoo.kernels.source import source_digest
 
 
-def kernel_digests(folder: Path | None = None) -> dict[str, str]:
-    """Each Python file below `kernels/`, or another folder, with a hash of what it does: comments aside."""
-    folder = Path(kernels.__file__).parent if folder is None else folder
+def kernel_digests() -> dict[str, str]:
+    """Each Python file below `kernels/` with a hash of what it does: comments aside."""
+    folder = Path(kernels.__file__).parent
     return {
         path.relative_to(folder).as_posix(): source_digest([path.read_text(encoding="utf-8")])
         for path in sorted(folder.rglob("*.py"))

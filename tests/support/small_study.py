@@ -26,8 +26,7 @@ SMALL = {
         }
     },
 }
-# One stack whose training diverges at once; the other trains as ever.
-# No float32 is as large, so the weights are infinite.
+# One stack whose training diverges at once, since no float32 is as large as its weights; the other trains as ever.
 DIVERGING = {**SMALL, "stacks": {"fine": {"layers": "a"}, "burst": {"layers": "a", "init.std": 1e39}}}
 
 
