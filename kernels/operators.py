@@ -15,38 +15,69 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("hybridzoo", "FRAGMENT")
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+class Operator:
+    """A function that compilers, tracers, modes and profilers see as an operator of torch.library.
+
+    Where nobody looks it is called as a function, for torch's dispatcher takes each argument apart and together again:
+    a fifth of the host's time in a small call. What it does is the same.
+    """
+
+    def __init__(self, operator: Any, run: Callable[..., Any]) -> None:
+        self.operator = operator
+        self._below = self._run = run
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.operator if _watched(arguments) else self._run)(*arguments)
+
+    def without_gradient(self, arguments: Sequence[Any]) -> Any:
+        """Call it as autograd does when it has seen to gradients itself."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return (self.operator if _watched(arguments) else self._below)(*arguments)
+
+    def differentiate(
+        self, function: type[torch.autograd.Function], n: int, results: Callable[..., Any] | None = None
+    ) -> None:
+        """Let `function` stand for the operator where one of its first `n` arguments needs a gradient.
+
+        Its `forward(ctx, ...)` calls the operator by `without_gradient`, and has no setup_context: then torch need not
+        bind the arguments of each call, and transforms of torch.func are refused. What it returns is the operator's
+        results, or `results` makes those of it.
+        """
+
+        def run(*arguments: Any) -> Any:
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:n]):
+                found = function.apply(*arguments)
+                return found if results is None else results(*found)
+            return self.without_gradient(arguments)
+
+        self._run = run
+        _LIBRARY.impl(self.operator.name().partition("::")[2].partition(".")[0], run, "Autograd")
+
+
+def _watched(arguments: Sequence[Any]) -> bool:
+    """Whether a compiler, tracer, mode, transform or profiler looks at calls, or a tensor is of another kind."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return True
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return tensors[0].is_meta or any(type(x) not in _PLAIN for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
     """Register the operator `hybridzoo::{schema}`, which has no gradient yet, and return it."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hybridzoo::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.hybridzoo, name).default
-
-
-def differentiate(
-    operator: Any, function: type[torch.autograd.Function], n: int, results: Callable[..., Any] | None = None
-) -> None:
-    """Let `function` stand for the operator where one of its first `n` arguments needs a gradient.
-
-    Its `forward(ctx, ...)` calls the operator by `without_gradient`, and has no setup_context: then torch need not bind
-    the arguments of each call, and transforms of torch.func are refused. What it returns is the operator's results, or
-    `results` makes those of it.
-    """
-
-    def run(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:n]):
-            found = function.apply(*arguments)
-            return found if results is None else results(*found)
-        return without_gradient(operator, arguments)
-
-    _LIBRARY.impl(operator.name().partition("::")[2].partition(".")[0], run, "Autograd")
-
-
-def without_gradient(operator: Any, arguments: Sequence[Any]) -> Any:
-    """Call an operator as autograd does when it has seen to gradients itself."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+    return Operator(getattr(torch.ops.hybridzoo, name).default, run)
 
 
 def first_order(operator: Any, refusal: str) -> Callable[..., Sequence[Tensor]]:

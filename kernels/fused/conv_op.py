@@ -21,7 +21,7 @@ from hybridzoo.kernels.fused.config import options
 from hybridzoo.kernels.fused.form import dtypes_of
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.support import DTYPES, device_refusal
-from hybridzoo.kernels.operators import define, dense_like, differentiate, first_order, without_gradient
+from hybridzoo.kernels.operators import define, dense_like, first_order
 
 MAX_TAPS = 8  # the last rows of a block live in registers
 # Tokens of a block: the fewer, the more programs; the more, the fewer rows that are read twice, and backward the fewer
@@ -230,7 +230,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(*arguments[:5])
         ctx.silu = arguments[5]
         ctx.set_materialize_grads(False)
-        output: tuple[Tensor, Tensor] = without_gradient(_conv_op, arguments)
+        output: tuple[Tensor, Tensor] = _conv_op.without_gradient(arguments)
         return output
 
     @staticmethod
@@ -241,4 +241,4 @@ class _Conv(torch.autograd.Function):
         return dx, dweight, None if inputs[2] is None else dbias, d_tail if through_tail else None, None, None
 
 
-differentiate(_conv_op, _Conv, 4)
+_conv_op.differentiate(_Conv, 4)

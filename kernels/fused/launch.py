@@ -92,7 +92,8 @@ class Launch:
                 run(*values, stream=stream)
                 return
             if not given:
-                given.update({name: memory.tensors[name] for name in self._tensors}, **self._given)
+                tensors = memory.tensors
+                given.update({name: tensors[name] for name in self._tensors}, **self._given)
             given.update(changes)
             if (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
                 _compiled[self._key, key] = made

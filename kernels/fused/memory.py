@@ -65,10 +65,11 @@ class Memory:
         self._held = held
         # Not by the launcher, which would ask each tensor once for each kernel.
         self.addresses: dict[str, int | None] = {}
-        self.aligned = True  # to 16 bytes, which kernels are compiled for; allocations are in any case
+        self.aligned = True  # to 16 bytes, which kernels are compiled for
         self.add(given)
         for plan, buffer in held:
             base = buffer.data_ptr()
+            self.aligned = self.aligned and base % 16 == 0  # whoever holds what was kept may give it back anywhere
             self.addresses.update({name: None if at is None else base + at for name, at in plan.starts.items()})
 
     def add(self, given: Tensors) -> None:
