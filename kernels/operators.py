@@ -64,11 +64,11 @@ def _watched(arguments: Sequence[Any]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return True
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    return tensors[0].is_meta or any(type(x) not in _PLAIN for x in tensors)
+    return not _PLAIN.issuperset(map(type, arguments)) or arguments[0].is_meta
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# What arguments are of where no subclass of Tensor is among them; the first is a tensor.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, list))
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Operator:

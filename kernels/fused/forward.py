@@ -17,7 +17,7 @@ from torch import Tensor
 from hybridzoo.kernels.fused.config import block_of, cuts_of
 from hybridzoo.kernels.fused.content import forward_kernel
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import Launch, on_device
+from hybridzoo.kernels.fused.launch import Launch, queue_of
 from hybridzoo.kernels.fused.memory import Layout, Memory, layout
 from hybridzoo.kernels.fused.room import kept, new_room, readouts
 from hybridzoo.kernels.fused.scan import scan_kernel
@@ -48,10 +48,10 @@ def run(call: Call, form: Form, save: bool) -> tuple[Tensor, list[Tensor], list[
     the = plan(form, save)
     o, ends = torch.empty_like(call.v), call.new_ends()
     room = new_room(call, form, the.kept) if save else []
-    with on_device(call.q.device):
+    with queue_of(call.q.device) as queue:
         memory = memory_of(call, form, the, o, ends, room)
         for launch in the.launches:
-            launch.starter(memory)()
+            launch.starter(memory, queue)()
     return o, ends, room
 
 

@@ -24,7 +24,7 @@ def _backward(call: Call, kept: list[Tensor], o: Tensor | None, d_results: list[
 
     dense = contiguous(call)
     d_o, *d_ends = d_results
-    form = form_of(dense)._replace(ends=any(d is not None for d in d_ends))
+    form = form_of(dense, ends=any(d is not None for d in d_ends))
     d_o = torch.zeros_like(dense.v) if d_o is None else d_o.contiguous()
     if form.ends:
         d_ends = [

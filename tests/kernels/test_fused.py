@@ -24,7 +24,7 @@ import interpreted
 from compiled import planned, usage
 from registry_cases import flag_rows
 
-from hybridzoo.kernels.fused.launch import Launch
+from hybridzoo.kernels.fused.launch import Launch, Queue
 from hybridzoo.kernels.fused.memory import Memory
 
 TOLERANCE = 1e-5
@@ -137,7 +137,7 @@ def test_tensors_are_freed_when_the_last_start_has_returned() -> None:
         for _ in range(2):  # compiled, and then found compiled
             x = torch.zeros(3)
             alive, launch = weakref.ref(x), Launch(kernel, (1, 1), {"n": 1}, {}, {}, ())
-            start = launch.starter(Memory({"x": x}))
+            start = launch.starter(Memory({"x": x}), Queue(None, None))
             start()
             start(n=2)
             del x, start
