@@ -28,6 +28,18 @@ def whole_file(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as half:
+        half.write_bytes(content)
+
+
 def remove_halves(path: Path) -> None:
     """Remove what processes that were killed have left of `path`; for files that nobody else is writing."""
     for half in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

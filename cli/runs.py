@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridzoo.architectures.whole_file import remove_halves, whole_file
+from hybridzoo.architectures.whole_file import remove_halves, whole_file, write_text
 from hybridzoo.mixers.schema import SpecError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def save_run(folder: Path, model: HybridLM, spec: Spec, record: dict[str, Any]) 
     remove_halves(folder / WEIGHTS)
     with whole_file(folder / WEIGHTS) as half:
         save_model(model, str(half))  # knows tied weights: each is stored once
-    _write(folder / SPEC, spec.to_yaml())
-    _write(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(folder / SPEC, spec.to_yaml())
+    write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def load_run(folder: Path) -> HybridLM:
@@ -65,8 +65,3 @@ def load_run(folder: Path) -> HybridLM:
     except RuntimeError as error:  # torch's: names missing, left over, or of another shape
         raise SpecError(f"{weights}: does not fit {folder / SPEC}: {error}") from None
     return model
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path) as half:
-        half.write_text(text, encoding="utf-8")

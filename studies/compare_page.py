@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hybridzoo.architectures.whole_file import write_text
 from hybridzoo.studies.canvas import image_of, new_figure
 from hybridzoo.studies.compare import Pair, SideBySide, pair_table
 from hybridzoo.studies.markup import bullets, document, figure, links, listed, section, table_of
-from hybridzoo.studies.results import write_text
 from hybridzoo.studies.sentences import gap, place_of, score
 from hybridzoo.studies.solve import BUDGET_WORDS
 from hybridzoo.studies.style import INK, SOFT, styled

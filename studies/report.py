@@ -10,13 +10,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from hybridzoo.architectures.whole_file import write_bytes, write_text
 from hybridzoo.mixers.schema import SpecError
 from hybridzoo.studies.canvas import image_of
 from hybridzoo.studies.figures import draw_all
 from hybridzoo.studies.findings import Findings, gather
 from hybridzoo.studies.kept import LOOKED_FOR, TABLES, is_kept, read_kept
 from hybridzoo.studies.page import page
-from hybridzoo.studies.results import write_bytes, write_text
 from hybridzoo.studies.runner import PLAN, TRIALS, other_results, read_plan, read_trials
 from hybridzoo.studies.style import styled
 from hybridzoo.studies.tuning import read_tuned

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from hybridzoo.architectures.whole_file import whole_file
+from hybridzoo.architectures.whole_file import write_text
 
 FORMAT = 1
 SHORT_KEY = 12  # characters of a key that end the name of its file
@@ -54,18 +54,6 @@ def content_key(data: Any) -> str:
 def write_json(path: Path, data: Any) -> None:
     """Write `data` to `path` as JSON, atomically and durably: readers see the old file or the whole new one."""
     write_text(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, atomically and durably."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as half:
-        half.write_bytes(content)
 
 
 def remove_leftovers(folder: Path) -> int:

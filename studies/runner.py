@@ -17,12 +17,13 @@ from typing import Any
 
 from hybridzoo.architectures import Spec
 from hybridzoo.architectures.loader import origin_of
+from hybridzoo.architectures.whole_file import write_text
 from hybridzoo.mixers.schema import SpecError
 from hybridzoo.studies.display import Display, default_display, format_count
 from hybridzoo.studies.engines import Engine, EngineName, check_engine, make_engine, visible_devices
 from hybridzoo.studies.estimate import Estimate
 from hybridzoo.studies.plan import Plan, make_plan
-from hybridzoo.studies.results import CorruptResultError, ResultFiles, remove_leftovers, write_json, write_text
+from hybridzoo.studies.results import CorruptResultError, ResultFiles, remove_leftovers, write_json
 from hybridzoo.studies.rounds import Record, Rounds, Stopped, never, retried, standing
 from hybridzoo.studies.solve import BUDGET_WORDS
 from hybridzoo.studies.study import Study

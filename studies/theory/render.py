@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from hybridzoo.architectures.whole_file import write_bytes, write_text
 from hybridzoo.studies.canvas import image_of
 from hybridzoo.studies.environment import environment
-from hybridzoo.studies.results import write_bytes, write_json, write_text
+from hybridzoo.studies.results import write_json
 from hybridzoo.studies.style import INK, SOFT, legend_below, styled
 from hybridzoo.studies.tables import Table, Value
 from hybridzoo.studies.theory.result import FAILS, HOLDS, OPEN, UNSEEN, Panel, Result, Settings, Verdict

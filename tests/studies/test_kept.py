@@ -13,11 +13,11 @@ import yaml
 from small_study import SMALL, run
 
 from hybridzoo.architectures.plain_yaml import read_file
+from hybridzoo.architectures.whole_file import write_text
 from hybridzoo.mixers import SpecError
 from hybridzoo.studies import compare, compare_studies, read_findings, write_comparison, write_report
 from hybridzoo.studies import report as report_module
 from hybridzoo.studies.kept import is_kept
-from hybridzoo.studies.results import write_text
 from hybridzoo.studies.verdict_tables import every_table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
