@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.autocast import without_autocast
-from hybridzoo.kernels.operators import define, dense_like, first_order
+from hybridzoo.kernels.operators import Operator, below_autograd, define, dense_like, first_order
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
@@ -115,7 +115,7 @@ class DeltaRule(Protocol):
     ) -> tuple[Tensor, DeltaState | None]: ...
 
 
-def delta_rule(operator: Any) -> DeltaRule:
+def delta_rule(operator: Operator) -> DeltaRule:
     """Return the function that calls an `operator` made by `register`."""
 
     def run(
@@ -172,7 +172,7 @@ _OPTIONS = "bool stored, float scale, int chunk, bool qk_norm, int segments, boo
 _CALL = f"{TOKENS}, {STATE.replace('Tensor', 'Tensor?')}, Tensor? cu_seqlens, {_OPTIONS}"
 
 
-def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Any:
+def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Operator:
     """Register `hybridzoo::{name}` and `hybridzoo::{name}_backward`, with fakes and autograd; return the first.
 
     It returns o; the final state if asked for, with a content gate in four parts, without one S alone; and what is
@@ -211,9 +211,9 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
 
     class Rule(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, below: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
             # Something is kept whatever was said: whoever traced the call may not have known of a gradient.
-            o, ends, kept = run.without_gradient((*arguments[:-1], True))
+            o, ends, kept = below_autograd(below, (*arguments[:-1], True))
             ctx.options = arguments[N_TENSORS:-1]
             qk_norm = ctx.options[3]  # whose gradient is read off the outputs
             ctx.save_for_backward(*arguments[:N_TENSORS], o if qk_norm else None, *kept)
@@ -225,9 +225,9 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
             saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
             inputs, o, kept = saved[:N_TENSORS], saved[N_TENSORS], list(saved[N_TENSORS + 1 :])
             found = first_back(*inputs, *ctx.options, kept, o, d_o, *parted(d_ends))
-            # One for each of the floats that are there; count, cu_seqlens and the options have none.
-            gradients: list[Tensor | None] = [None] * (len(Call._fields) + 1)
-            given = [i for i, x in enumerate(inputs[:N_FLOATS]) if x is not None]
+            # One for each of the floats that are there; what computes, count, cu_seqlens and the options have none.
+            gradients: list[Tensor | None] = [None] * (1 + len(Call._fields) + 1)
+            given = [i for i, x in enumerate(inputs[:N_FLOATS], 1) if x is not None]
             for i, d in zip(given, found, strict=True):
                 gradients[i] = d
             return tuple(gradients)

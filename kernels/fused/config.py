@@ -98,7 +98,7 @@ def _cuts(K: int, V: int, heads: int, block: int, narrow: bool, content: bool, s
         apart=channels,
         states_k=min(K, 64 if narrow else 32),
         states_v=min(V, (128 if block == 32 and max(K, V) <= 128 else 64) if narrow else 16),
-        states_warps=4 if block == 32 and max(K, V) > 64 else 2,
+        states_warps=2 if block == 16 or (channels and max(K, V) <= 64) else 4,
         pairs_k=min(K, 32 if narrow and block == 16 else 16),
         pairs_warps=2,
         group=V // scan_v,

@@ -62,14 +62,14 @@ class Memory:
 
     def __init__(self, given: Tensors, *held: tuple[Layout, Tensor]) -> None:
         self._given: dict[str, Tensor | None] = {}
-        self._held = held
+        # Whoever held what was kept may give it back anywhere.
+        self._held = [(plan, buffer.clone() if buffer.data_ptr() % 16 else buffer) for plan, buffer in held]
         # Not by the launcher, which would ask each tensor once for each kernel.
         self.addresses: dict[str, int | None] = {}
         self.aligned = True  # to 16 bytes, which kernels are compiled for
         self.add(given)
-        for plan, buffer in held:
+        for plan, buffer in self._held:
             base = buffer.data_ptr()
-            self.aligned = self.aligned and base % 16 == 0  # whoever holds what was kept may give it back anywhere
             self.addresses.update({name: None if at is None else base + at for name, at in plan.starts.items()})
 
     def add(self, given: Tensors) -> None:

@@ -193,6 +193,34 @@ def inputs_of_any_layout_are_taken() -> None:
 
 
 @check
+def negative_views_are_what_they_say() -> None:
+    case = problem(**CONTENT)
+    expected = case.results("triton")
+    case.tensors["v"], case.tensors["log_decay"] = (torch._neg_view(-case.tensors[n]) for n in ("v", "log_decay"))
+    assert case.tensors["v"].is_neg()
+    found, end = case.call("triton")
+    assert torch.equal(found, expected["o"])
+    assert torch.equal(end.S, expected["S"])
+
+
+@check
+def what_is_kept_may_come_back_anywhere() -> None:
+    case = problem(**CONTENT)
+    expected = case.results("triton")
+    for shift in (1, 2, 4, 8):
+
+        def moved(x: torch.Tensor, shift: int = shift) -> torch.Tensor:
+            if x.dtype != torch.uint8:
+                return x
+            room = torch.empty(x.numel() + shift, dtype=x.dtype)
+            return room[shift:].copy_(x)
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
+            found = case.results("triton")
+        assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+@check
 def one_content_pair_may_be_an_expanded_view_for_all_heads() -> None:
     case = problem(**CONTENT, group=2)
     for name in ("down", "up"):

@@ -239,6 +239,26 @@ def a_compiled_call_is_one_graph_with_the_same_results() -> None:
 
 
 @check
+def gradients_in_a_batch_are_those_of_each() -> None:
+    case = problem(T=11)
+    leaves = [x.requires_grad_() for x in (case.tensors["x"], case.tensors["weight"])]
+    y, _ = case.call("triton")
+    d_y = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, leaves, d_y, is_grads_batched=True, retain_graph=True)
+    for n, one in enumerate(d_y):
+        for found, x in zip(batched, torch.autograd.grad(y, leaves, one, retain_graph=True), strict=True):
+            assert torch.equal(found[n], x)
+
+
+@check
+def a_negative_view_is_what_it_says() -> None:
+    z = torch.randn(2, 11, 4, dtype=torch.complex64)
+    x, weight = z.conj().imag, torch.randn(4, 3)
+    assert x.is_neg()
+    assert torch.equal(short_conv(x, weight, backend="triton")[0], short_conv(x.clone(), weight, backend="triton")[0])
+
+
+@check
 def the_automatic_choice_on_a_cpu_stays_pytorch() -> None:
     case = problem(T=20)
     assert torch.equal(case.call("auto").y, case.call("torch").y)
