@@ -62,13 +62,12 @@ class Memory:
 
     def __init__(self, given: Tensors, *held: tuple[Layout, Tensor]) -> None:
         self._given: dict[str, Tensor | None] = {}
-        # Whoever held what was kept may give it back anywhere.
-        self._held = [(plan, buffer.clone() if buffer.data_ptr() % 16 else buffer) for plan, buffer in held]
+        self._held = held
         # Not by the launcher, which would ask each tensor once for each kernel.
         self.addresses: dict[str, int | None] = {}
-        self.aligned = True  # to 16 bytes, which kernels are compiled for
+        self.aligned = True  # to 16 bytes, which kernels are compiled for; allocations are in any case
         self.add(given)
-        for plan, buffer in self._held:
+        for plan, buffer in held:
             base = buffer.data_ptr()
             self.addresses.update({name: None if at is None else base + at for name, at in plan.starts.items()})
 

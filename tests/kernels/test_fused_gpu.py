@@ -207,7 +207,7 @@ def test_the_operator_passes_torch_librarys_own_checks() -> None:
         case = on_gpu(make_problem(T=48, K=32, V=32, with_state=with_state), torch.float32)
         for x in case.tensors.values():
             x.requires_grad_()
-        torch.library.opcheck(op._forward_op.operator, case.flat(ends))
+        torch.library.opcheck(op._forward_op, case.flat(ends))
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
