@@ -116,7 +116,7 @@ def gated_delta_rule(
         check_state(state, n, HV, K, V, content is not None, dtype, q.device)
     elif inplace_state:
         raise ValueError("inplace_state needs a state to write into")
-    scale = K**-0.5 if scale is None else scale
+    scale = K**-0.5 if scale is None else float(scale)
     floats = (q, k, v, log_decay, erase_logits, *(content or ())[:2], correct, write, *(state or ())[:3])
     if backend != "reference":
         name = f"gated_delta_rule with backend={backend!r}"

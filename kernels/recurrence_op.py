@@ -10,14 +10,14 @@ N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from hybridzoo.kernels.autocast import without_autocast
-from hybridzoo.kernels.operators import define, dense_like, differentiate, first_order, without_gradient
+from hybridzoo.kernels.operators import Operator, below_autograd, define, dense_like, first_order
 from hybridzoo.kernels.state import ContentGate, DeltaState
 
 
@@ -55,13 +55,17 @@ class Call(NamedTuple):
         """Of states, whatever the inputs are rounded to."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
+    @property
+    def of_ends(self) -> list[tuple[int, ...]]:
+        """The shapes of the final S, and with a content gate of o_sum and o_mean."""
+        N, (HV, V) = self.sequences, self.v.shape[2:]
+        return [(N, HV, self.q.shape[3], V), *([(N, HV, V)] * (2 if self.chunk else 0))]
+
     def new_ends(self) -> list[Tensor]:
-        """Unwritten memory for the final S, and with a content gate o_sum and o_mean; none where not asked for."""
+        """Unwritten memory for the final state but its count; none where it is not asked for."""
         if not self.ends:
             return []
-        N, (HV, V) = self.sequences, self.v.shape[2:]
-        shapes = [(N, HV, self.q.shape[3], V), *([(N, HV, V)] * (2 if self.chunk else 0))]
-        return [self.q.new_empty(shape, dtype=self.state_dtype) for shape in shapes]
+        return [self.q.new_empty(shape, dtype=self.state_dtype) for shape in self.of_ends]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -79,6 +83,12 @@ Forward = Callable[[Call, bool], tuple[Tensor, list[Tensor], list[Tensor]]]
 # From a call, its room, o (None without `qk_norm`) and the gradients of o, S, o_sum and o_mean (None: zero) to those of
 # the first twelve fields, contiguous, None for one that is off.
 Backward = Callable[[Call, list[Tensor], Tensor | None, list[Tensor | None]], list[Tensor | None]]
+
+
+def parted(ends: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of what belongs to a final state S, o_sum and o_mean; None for what is not there."""
+    S, o_sum, o_mean, *_ = (*ends, None, None, None)
+    return S, o_sum, o_mean
 
 
 class DeltaRule(Protocol):
@@ -105,7 +115,7 @@ class DeltaRule(Protocol):
     ) -> tuple[Tensor, DeltaState | None]: ...
 
 
-def delta_rule(operator: Any) -> DeltaRule:
+def delta_rule(operator: Operator) -> DeltaRule:
     """Return the function that calls an `operator` made by `register`."""
 
     def run(
@@ -131,9 +141,8 @@ def delta_rule(operator: Any) -> DeltaRule:
         if content is None:  # which alone reads and writes them
             o_sum = o_mean = count = None
         floats = (q, k, v, log_decay, erase_logits, down, up, correct, write, S, o_sum, o_mean)
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
         options = (predict == "stored", scale, chunk, qk_norm, segments, return_state)
-        o, ends, _ = operator(*floats, count, cu_seqlens, *options, save)
+        o, ends, _ = operator(*floats, count, cu_seqlens, *options, False)  # autograd asks for what is kept itself
         if not return_state:
             return o, None
         return o, state_after(ends, state)
@@ -162,7 +171,7 @@ _OPTIONS = "bool stored, float scale, int chunk, bool qk_norm, int segments, boo
 _CALL = f"{TOKENS}, {STATE.replace('Tensor', 'Tensor?')}, Tensor? cu_seqlens, {_OPTIONS}"
 
 
-def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Any:
+def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> Operator:
     """Register `hybridzoo::{name}` and `hybridzoo::{name}_backward`, with fakes and autograd; return the first.
 
     It returns o; the final state if asked for, with a content gate in four parts, without one S alone; and what is
@@ -201,8 +210,9 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
 
     class Rule(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            o, ends, kept = without_gradient(run, arguments)
+        def forward(ctx: Any, below: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
+            # Here something is kept, whatever was said: only here is it known that there will be a gradient.
+            o, ends, kept = below_autograd(below, (*arguments[:-1], True))
             ctx.options = arguments[N_TENSORS:-1]
             qk_norm = ctx.options[3]  # whose gradient is read off the outputs
             ctx.save_for_backward(*arguments[:N_TENSORS], o if qk_norm else None, *kept)
@@ -213,13 +223,15 @@ def register(name: str, *, room: Room, forward: Forward, backward: Backward) -> 
         def backward(ctx: Any, d_o: Tensor | None, *d_ends: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # once: activation checkpointing gives them back a single time
             inputs, o, kept = saved[:N_TENSORS], saved[N_TENSORS], list(saved[N_TENSORS + 1 :])
-            d_S, d_sum, d_mean = (*d_ends, None, None, None)[:3]
-            found = iter(first_back(*inputs, *ctx.options, kept, o, d_o, d_S, d_sum, d_mean))
-            # count, cu_seqlens and the options have none.
-            spare = [None] * (len(Call._fields) + 1 - N_FLOATS)
-            return *(None if x is None else next(found) for x in inputs[:N_FLOATS]), *spare
+            found = first_back(*inputs, *ctx.options, kept, o, d_o, *parted(d_ends))
+            # One for each of the floats that are there; what computes, count, cu_seqlens and the options have none.
+            gradients: list[Tensor | None] = [None] * (1 + len(Call._fields) + 1)
+            given = [i for i, x in enumerate(inputs[:N_FLOATS], 1) if x is not None]
+            for i, d in zip(given, found, strict=True):
+                gradients[i] = d
+            return tuple(gradients)
 
-    differentiate(run, Rule, N_FLOATS, lambda o, *ends: (o, ends, []))
+    run.differentiate(Rule, N_FLOATS, lambda o, *ends: (o, ends, []))
     return run
 
 

@@ -20,7 +20,7 @@ from hybridzoo.kernels.fused.config import Cuts, cuts_of, options, power
 from hybridzoo.kernels.fused.content import backward_kernel
 from hybridzoo.kernels.fused.form import Form
 from hybridzoo.kernels.fused.gradients import gradients_kernel
-from hybridzoo.kernels.fused.launch import Launch, flags, numbers, on_device, window
+from hybridzoo.kernels.fused.launch import Launch, flags, numbers, queue_of, window
 from hybridzoo.kernels.fused.memory import Layout, Memory, Part, layout
 from hybridzoo.kernels.fused.room import kept, n_rows
 from hybridzoo.kernels.fused.scan_back import scan_back_kernel
@@ -61,15 +61,15 @@ class Plan(NamedTuple):
 
 def run(call: Call, form: Form, room: list[Tensor], o: Tensor | None, d_results: Results) -> list[Tensor | None]:
     """Run the backward pass on a contiguous `call`: its first twelve fields' gradients, None where one is off."""
-    with on_device(call.q.device):
+    with queue_of(call.q.device) as queue:
         the = plan(form)
         memory = memory_of(call, form, the, room)
-        ahead = the.launches[0].starter(memory)
+        ahead = the.launches[0].starter(memory, queue)
         ahead(**window((the.windows - 1) * the.span, the.span))  # the GPU has work while the host asks for the rest
         counters = new_counters(form, call.q.device, the.windows) if form.chunk else None
         found = gradients(call, form, the)
         memory.add({**results(o, d_results), **found, "counters": counters})
-        back, *steps = [launch.starter(memory) for launch in the.launches[1:]]
+        back, *steps = [launch.starter(memory, queue) for launch in the.launches[1:]]
         for at in reversed(range(the.windows)):
             place = window(at * the.span, the.span)
             counts = {} if counters is None else {"counters": counters[at]}
@@ -164,7 +164,7 @@ def gradients(call: Call, form: Form, the: Plan) -> dict[str, Tensor | None]:
     joined = torch.float32 if form.H != form.HV else None  # summed over the value heads of a key head
     parts = power(form.K) // (the.cut.pairs_k if the.cut.apart else the.cut.states_k)
     content = form.chunk > 0
-    sums = (form.N, form.HV, form.V)
+    sums, rows = (form.N, form.HV, form.V), (n_rows(form), form.HV, form.K + form.rank)
 
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.empty_like(x)
@@ -187,7 +187,7 @@ def gradients(call: Call, form: Form, the: Plan) -> dict[str, Tensor | None]:
         "d_sum": new(*sums, dtype=torch.float32) if content else None,
         "dmean0": new(*sums, dtype=torch.float32) if content else None,
         # Of a chunk's readout and of the `tanh` that leads to it: zeros where no chunk is.
-        "du_rows": torch.zeros(n_rows(form), form.HV, form.K + form.rank, device=call.q.device) if content else None,
+        "du_rows": call.q.new_zeros(rows, dtype=torch.float32) if content else None,
     }
 
 

@@ -9,6 +9,7 @@ Shapes: B batch, T time, C channels, W taps, N sequences (B, or those packed int
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from hybridzoo.kernels.fused.config import options
 from hybridzoo.kernels.fused.form import dtypes_of
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.support import DTYPES, device_refusal
-from hybridzoo.kernels.operators import define, dense_like, differentiate, first_order, without_gradient
+from hybridzoo.kernels.operators import below_autograd, define, dense_like, first_order
 
 MAX_TAPS = 8  # the last rows of a block live in registers
 # Tokens of a block: the fewer, the more programs; the more, the fewer rows that are read twice, and backward the fewer
@@ -226,19 +227,19 @@ _first_back = first_order(_conv_backward_op, "short_conv has no second derivativ
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, below: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*arguments[:5])
         ctx.silu = arguments[5]
         ctx.set_materialize_grads(False)
-        output: tuple[Tensor, Tensor] = without_gradient(_conv_op, arguments)
+        output: tuple[Tensor, Tensor] = below_autograd(below, arguments)
         return output
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        through_tail = inputs[3] is not None and ctx.needs_input_grad[3]
+        through_tail = inputs[3] is not None and ctx.needs_input_grad[4]  # after what computes
         dx, dweight, dbias, d_tail = _first_back(*inputs, ctx.silu, through_tail, *d_outputs)
-        return dx, dweight, None if inputs[2] is None else dbias, d_tail if through_tail else None, None, None
+        return None, dx, dweight, None if inputs[2] is None else dbias, d_tail if through_tail else None, None, None
 
 
-differentiate(_conv_op, _Conv, 4)
+_conv_op.differentiate(_Conv, 4)

@@ -68,8 +68,8 @@ class Form(NamedTuple):
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
 
-def form_of(call: Call) -> Form:
-    """The form of a call."""
+def form_of(call: Call, *, ends: bool | None = None) -> Form:
+    """The form of a call; of its backward pass with `ends`, whether the final state has a gradient."""
     (B, T, H, K), (HV, V) = call.q.shape, call.v.shape[2:]
     return Form(
         B=B,
@@ -90,7 +90,7 @@ def form_of(call: Call) -> Form:
         chunk=call.chunk,
         qk_norm=call.qk_norm,
         segments=call.segments,
-        ends=call.ends,
+        ends=call.ends if ends is None else ends,
         serial=call.q.device.type == "cpu",
         dtypes=dtypes_of(call.tensors),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from hybridzoo.kernels.fused.config import block_of, cuts_of
 from hybridzoo.kernels.fused.content import forward_kernel
 from hybridzoo.kernels.fused.form import Form
-from hybridzoo.kernels.fused.launch import Launch, on_device
+from hybridzoo.kernels.fused.launch import Launch, queue_of
 from hybridzoo.kernels.fused.memory import Layout, Memory, layout
 from hybridzoo.kernels.fused.room import kept, new_room, readouts
 from hybridzoo.kernels.fused.scan import scan_kernel
@@ -32,7 +32,7 @@ from hybridzoo.kernels.fused.scratch import (
     scan,
     window_blocks,
 )
-from hybridzoo.kernels.recurrence_op import Call
+from hybridzoo.kernels.recurrence_op import Call, parted
 
 
 class Plan(NamedTuple):
@@ -47,12 +47,12 @@ def run(call: Call, form: Form, save: bool) -> tuple[Tensor, list[Tensor], list[
     """Run the recurrence on a contiguous `call`: o, what is asked for of S, o_sum and o_mean, and what is kept."""
     the = plan(form, save)
     o, ends = torch.empty_like(call.v), call.new_ends()
-    kept = new_room(call, form, the.kept) if save else []
-    with on_device(call.q.device):
-        memory = memory_of(call, form, the, o, ends, kept)
+    room = new_room(call, form, the.kept) if save else []
+    with queue_of(call.q.device) as queue:
+        memory = memory_of(call, form, the, o, ends, room)
         for launch in the.launches:
-            launch.starter(memory)()
-    return o, ends, kept
+            launch.starter(memory, queue)()
+    return o, ends, room
 
 
 @functools.lru_cache(maxsize=512)
@@ -76,7 +76,7 @@ def plan(form: Form, save: bool) -> Plan:
 
 def memory_of(call: Call, form: Form, the: Plan, o: Tensor, ends: list[Tensor], room: list[Tensor]) -> Memory:
     """What the kernels read, scratch memory, and what they write; of what is kept nothing if there is no room."""
-    S1, sum1, mean1 = (*ends, None, None, None)[:3]
+    S1, sum1, mean1 = parted(ends)
     given = {
         **inputs(call, form, block_of(form, bool(room)), owned=not form.chunk),
         "S0": call.S,

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from operator import itemgetter
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,9 +51,10 @@ class Launch:
         self.numbers, self.constants, self.options = dict(numbers), dict(constants), dict(options)
         self._given = {**self.numbers, **self.constants}
         names = kernel.arg_names
-        self._pick = itemgetter(*names)
         self._order = {name: i for i, name in enumerate(names)}
         self._tensors = [name for name in names if name not in self._given]
+        assert list(names[: len(self._tensors)]) == self._tensors, f"{kernel} takes numbers before tensors"
+        self._rest = tuple([self._given[name] for name in names[len(self._tensors) :]])
         parameters = getattr(kernel, "params", ())  # the interpreter, which compiles nothing, has none
         seen = [_as_seen(numbers[x.name]) for x in parameters if x.name in numbers and not x.do_not_specialize]
         self._key = (id(kernel), *self.constants.values(), *self.options.values(), *seen, kinds)
@@ -62,22 +62,17 @@ class Launch:
 
     def start(self, device: torch.device, tensors: Tensors) -> None:
         """Queue the kernel on `device`, which need not be the current one."""
-        with on_device(device):
-            self.starter(Memory(tensors))()
+        with queue_of(device) as queue:
+            self.starter(Memory(tensors), queue)()
 
-    def starter(self, memory: Memory) -> Callable[..., None]:
-        """Return a function that queues the kernel on the current device, as often as it is called.
+    def starter(self, memory: Memory, queue: Queue) -> Callable[..., None]:
+        """Return a function that starts the kernel on a queue, as often as it is called.
 
         `memory` holds at least those of the kernel's arguments that are tensors. What the function is called with,
         numbers and tensors that are aligned as well as those before, replaces arguments from then on.
         """
-        values = list(self._pick({**memory.addresses, **self._given}))
-        key: Any = None
-        stream = None
-        if torch.cuda.is_initialized():
-            key = torch.cuda.current_device()
-            # As Triton does: torch's public way takes 20 times as long.
-            stream = torch._C._cuda_getCurrentRawStream(key)
+        values = [*map(memory.addresses.__getitem__, self._tensors), *self._rest]
+        key: Any = queue.device
         if not memory.aligned:
             key = (key, *((memory.addresses[name] or 0) % 16 for name in self._tensors))
         given: dict[str, Any] = {}
@@ -89,10 +84,11 @@ class Launch:
             if run is None and (made := _compiled.get((self._key, key))) is not None:
                 run = self._runs[key] = made[self.grid]
             if run is not None:
-                run(*values, stream=stream)
+                run(*values, stream=queue.stream)
                 return
             if not given:
-                given.update({name: memory.tensors[name] for name in self._tensors}, **self._given)
+                tensors = memory.tensors
+                given.update({name: tensors[name] for name in self._tensors}, **self._given)
             given.update(changes)
             if (made := self.kernel[self.grid](**given, **self.options)) is not None:  # the interpreter makes nothing
                 _compiled[self._key, key] = made
@@ -109,9 +105,24 @@ def _nothing(**changes: Any) -> None:
     """Start no program."""
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` the current one, which launches go to."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+class Queue(NamedTuple):
+    """Where launches go: the current device and its current stream, None for the interpreter's."""
+
+    device: int | None
+    stream: int | None
+
+
+@contextlib.contextmanager
+def queue_of(device: torch.device) -> Iterator[Queue]:
+    """Make `device` the current one while its queue is used."""
+    if device.type != "cuda":
+        yield Queue(None, None)
+    elif device.index == torch.cuda.current_device():
+        # As Triton does: torch's public way takes 20 times as long.
+        yield Queue(device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device), queue_of(device) as queue:
+            yield queue
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor | None]
 # A shape and a dtype, or None for what is not there.
 Part = tuple[tuple[int, ...], torch.dtype] | None
-ALIGNED = 256  # bytes: where parts begin, as torch's own allocations do at least
+ALIGNED = 256  # bytes: where parts begin, as torch's own allocations do on a GPU at least
 
 
 class Layout(NamedTuple):
@@ -27,15 +27,6 @@ class Layout(NamedTuple):
     parts: dict[str, Part]
     starts: dict[str, int | None]
     size: int
-
-    @property
-    def tensors(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype] | None]:
-        """Where each part begins, its shape and its dtype."""
-        found = {}
-        for name, part in self.parts.items():
-            start = self.starts[name]
-            found[name] = None if part is None or start is None else (start, *part)
-        return found
 
     def new(self, like: Tensor) -> Tensor:
         """Unwritten memory for all parts, on the device of a tensor."""
@@ -62,12 +53,13 @@ class Memory:
 
     def __init__(self, given: Tensors, *held: tuple[Layout, Tensor]) -> None:
         self._given: dict[str, Tensor | None] = {}
-        self._held = held
+        # Whoever held what was kept may give it back anywhere.
+        self._held = [(plan, buffer.clone() if buffer.data_ptr() % 16 else buffer) for plan, buffer in held]
         # Not by the launcher, which would ask each tensor once for each kernel.
         self.addresses: dict[str, int | None] = {}
-        self.aligned = True  # to 16 bytes, which kernels are compiled for; allocations are in any case
+        self.aligned = True  # to 16 bytes, which kernels are compiled for
         self.add(given)
-        for plan, buffer in held:
+        for plan, buffer in self._held:
             base = buffer.data_ptr()
             self.addresses.update({name: None if at is None else base + at for name, at in plan.starts.items()})
 
@@ -83,10 +75,11 @@ class Memory:
         """All of them as tensors."""
         found: dict[str, Tensor | None] = dict(self._given)
         for plan, buffer in self._held:
-            for name, part in plan.tensors.items():
+            for name, part in plan.parts.items():
+                start = plan.starts[name]
                 found[name] = None
-                if part is not None:
-                    start, shape, dtype = part
+                if part is not None and start is not None:
+                    shape, dtype = part
                     size = math.prod(shape) * dtype.itemsize
                     found[name] = buffer[start : start + size].view(dtype).view(shape)
         return found

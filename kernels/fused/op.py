@@ -8,7 +8,7 @@ from torch import Tensor
 from hybridzoo.kernels.checks import check_bounds, check_counts
 from hybridzoo.kernels.fused.form import form_of
 from hybridzoo.kernels.fused.room import room
-from hybridzoo.kernels.recurrence_op import N_FLOATS, N_TENSORS, Call, delta_rule, register
+from hybridzoo.kernels.recurrence_op import N_FLOATS, N_TENSORS, Call, delta_rule, parted, register
 
 
 def _forward(call: Call, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -24,17 +24,14 @@ def _backward(call: Call, kept: list[Tensor], o: Tensor | None, d_results: list[
 
     dense = contiguous(call)
     d_o, *d_ends = d_results
-    form = form_of(dense)._replace(ends=any(d is not None for d in d_ends))
+    form = form_of(dense, ends=any(d is not None for d in d_ends))
     d_o = torch.zeros_like(dense.v) if d_o is None else d_o.contiguous()
     if form.ends:
-        N, (HV, V) = call.sequences, call.v.shape[2:]
-        shapes = [(N, HV, call.q.shape[3], V), *([(N, HV, V)] * 2 if call.chunk else [])]
         d_ends = [
             call.q.new_zeros(shape, dtype=torch.float32) if d is None else d.contiguous()
-            for d, shape in zip(d_ends, shapes, strict=False)
+            for d, shape in zip(d_ends, call.of_ends, strict=False)
         ]
-    d_S, d_sum, d_mean = (*d_ends, None, None, None)[:3]
-    gradients = backward.run(dense, form, kept, o, (d_o, d_S, d_sum, d_mean))
+    gradients = backward.run(dense, form, kept, o, (d_o, *parted(d_ends)))
     pairs = zip(gradients, call.tensors[:N_FLOATS], strict=True)
     return [d if d is None or x is None or d.dtype == x.dtype else d.to(x.dtype) for d, x in pairs]
 

@@ -24,13 +24,13 @@ def room(call: Call) -> list[Tensor]:
     return new_room(call, form, kept(form))
 
 
-def new_room(call: Call, form: Form, layout: Layout) -> list[Tensor]:
+def new_room(call: Call, form: Form, parts: Layout) -> list[Tensor]:
     """Memory for what `kept` lays out, and with a content gate for what its chunks read.
 
     The latter is `[rows, HV, V + K + 2 r]`: a chunk's mean, the readout of it, and the `tanh` that leads to it with its
     slope; zeros where no chunk is.
     """
-    memory = [layout.new(call.q)]
+    memory = [parts.new(call.q)]
     if form.chunk:
         memory.append(call.q.new_zeros(*readouts(form), dtype=torch.float32))
     return memory

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.autocast import without_autocast
+from hybridzoo.kernels.derivatives import has_tangent, in_transform
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.launch import MODES, Launch
 from hybridzoo.kernels.fused.support import DTYPES, MAX_HEAD, device_refusal
@@ -42,6 +43,8 @@ def slots_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"takes heads of up to {MAX_HEAD}, got {q.shape[-1]}"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "has no gradient here"
+    if in_transform() or has_tangent((q, k, v)):
+        return "goes through no transform of torch.func and no forward mode"
     return device_refusal(q.device.type, q.device.index)
 
 
@@ -60,7 +63,7 @@ def fused_attend_slots(
     Returns:
         `[N, 1, H, D]` in q's dtype. Scores, softmax and sums are float32.
     """
-    o: Tensor = _slots_op(q, k, v, length, scale, 0.0 if softcap is None else softcap)
+    o: Tensor = _slots_op(q, k, v, length, float(scale), 0.0 if softcap is None else float(softcap))
     return o
 
 

@@ -20,7 +20,8 @@ from hybridzoo.kernels.autocast import without_autocast
 from hybridzoo.kernels.checks import check_counts
 from hybridzoo.kernels.fused.config import options, power
 from hybridzoo.kernels.fused.form import dtypes_of, kind
-from hybridzoo.kernels.fused.launch import FLOOR, Launch, starts_early
+from hybridzoo.kernels.fused.launch import FLOOR, Launch, queue_of, starts_early
+from hybridzoo.kernels.fused.memory import Memory
 from hybridzoo.kernels.operators import define, dense_like
 from hybridzoo.kernels.recurrence_op import STATE, TOKENS, state_after
 from hybridzoo.kernels.state import ContentGate, DeltaState
@@ -102,9 +103,10 @@ def start(step: Step, o: Tensor, ends: Sequence[Tensor]) -> None:
     """Run the kernels on a dense `step`, writing o and `ends`: S, and with a content gate o_sum, o_mean and count, all
     of them the step's own or none."""
     in_place = ends[0] is step.S
-    found = memory_of(step, o, ends, in_place)
-    for launch in launches_of(step, in_place, starts_early(step.q.device)):
-        launch.start(step.q.device, found)
+    memory = Memory(memory_of(step, o, ends, in_place))
+    with queue_of(step.q.device) as queue:
+        for launch in launches_of(step, in_place, starts_early(step.q.device)):
+            launch.starter(memory, queue)()
 
 
 def memory_of(step: Step, o: Tensor, ends: Sequence[Tensor], in_place: bool) -> dict[str, Tensor | None]:

@@ -8,11 +8,6 @@ from pathlib import Path
 
 from kernel_digests import kernel_digests
 
-from hybridzoo import kernels
-
-# Plain PyTorch that no kernel and nothing on the way to one calls: what a GPU found of the kernels holds whatever it
-# becomes. Its own tests hold it to its equations, with first and second derivatives in float64.
-NO_KERNELS = {"norms.py"}
 OF_FLAGS = "test_every_row_of_flags_is_the_recurrence_forward_and_backward"
 OF_HEADS = "test_it_stays_so_over_more_heads_than_run_at_once"
 
@@ -24,21 +19,11 @@ AGAIN = f"run, on a GPU, pytest -m gpu tests/kernels --record benchmarks/results
 
 def test_the_record_of_the_check_is_of_these_kernels_and_all_passed() -> None:
     now, then = kernel_digests(), RECORD["kernels"]
-    changed = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)} - NO_KERNELS
+    changed = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)}
     assert not changed, f"{sorted(changed)} of kernels/ changed since: {AGAIN}"
     assert not RECORD["failed"], AGAIN
     assert "NVIDIA" in RECORD["environment"]["device_name"]
     assert RECORD["environment"]["triton"]
-
-
-def test_the_way_to_a_kernel_leaves_out_what_has_none() -> None:
-    folder = Path(kernels.__file__).parent
-    users = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*.py")
-        if any(f"kernels.{Path(name).stem} import" in path.read_text(encoding="utf-8") for name in NO_KERNELS)
-    }
-    assert users == {"gated_delta_rule.py"}  # for the backends that are no kernels: the kernels do it themselves
 
 
 def test_the_record_holds_every_configuration() -> None:

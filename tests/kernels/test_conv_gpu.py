@@ -89,7 +89,9 @@ def test_the_operator_passes_torch_librarys_own_checks() -> None:
     for words in ({"T": 20}, {"lengths": [3, 0, 70]}, {"T": 3, "bias": False, "tail": False}):
         case = make_conv(**words).to(torch.float32, "cuda")
         t = {n: x.requires_grad_() for n, x in case.tensors.items()}
-        torch.library.opcheck(_conv_op, (t["x"], t["weight"], t.get("bias"), t.get("tail"), case.cu_seqlens, True))
+        torch.library.opcheck(
+            _conv_op.operator, (t["x"], t["weight"], t.get("bias"), t.get("tail"), case.cu_seqlens, True)
+        )
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:

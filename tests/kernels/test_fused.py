@@ -24,7 +24,7 @@ import interpreted
 from compiled import planned, usage
 from registry_cases import flag_rows
 
-from hybridzoo.kernels.fused.launch import Launch
+from hybridzoo.kernels.fused.launch import Launch, Queue
 from hybridzoo.kernels.fused.memory import Memory
 
 TOLERANCE = 1e-5
@@ -33,6 +33,8 @@ TOLERANCE = 1e-5
 STACK = {"bf16": 256, "bf16 on Ampere": 512, "4 bytes": 1024}
 # A content gate's kernels hold a state while they call functions, which leave registers there too.
 STACK_OF_GROUPS = 2048
+# Two warps have less room for the step of states of bf16 heads of 64 than four, and are faster (benchmarks/NOTES.md).
+STACK_OF_TWO_WARPS = 320
 CAPABILITIES = (80, 90, 100)
 
 
@@ -74,6 +76,7 @@ FEW = [
     ("gla", "128", "bf16", 100, False),
     ("gated_delta_net", "128", "bf16", 80, True),
     ("kda", "64", "fp32", 90, False),
+    ("kda", "64", "bf16", 90, True),
     ("gdn2", "128", "bf16", 90, False),
     ("carve", "64", "bf16", 100, True),
     ("carve", "128", "bf16", 90, False),
@@ -96,6 +99,8 @@ def test_a_shipped_configuration_compiles_within_its_bounds(
         takes = usage(launch, tensors, capability)
         assert takes.shared <= MOST_SHARED * 1024, (launch.kernel.fn.__name__, takes)
         most = STACK_OF_GROUPS if "GROUP" in launch.constants else STACK[kind]
+        if launch.constants.get("STATES") and launch.constants["C"] == 32 and launch.options["num_warps"] == 2:
+            most = max(most, STACK_OF_TWO_WARPS)
         assert takes.stack <= most, (launch.kernel.fn.__name__, takes)
         # 32 registers and kilobytes of stack are what ptxas leaves when it gives up.
         assert takes.registers > 32, takes
@@ -137,7 +142,7 @@ def test_tensors_are_freed_when_the_last_start_has_returned() -> None:
         for _ in range(2):  # compiled, and then found compiled
             x = torch.zeros(3)
             alive, launch = weakref.ref(x), Launch(kernel, (1, 1), {"n": 1}, {}, {}, ())
-            start = launch.starter(Memory({"x": x}))
+            start = launch.starter(Memory({"x": x}), Queue(None, None))
             start()
             start(n=2)
             del x, start

@@ -9,6 +9,7 @@ import pytest
 import torch
 from delta_problems import FLAGS, Problem, gradients_without_ends, make_problem, relative_error
 from device_reads import no_device_reads
+from dispatched import dispatched
 from registry_cases import flag_rows
 
 from hybridzoo.kernels import DeltaState, gated_delta_rule
@@ -207,7 +208,13 @@ def test_the_operator_passes_torch_librarys_own_checks() -> None:
         case = on_gpu(make_problem(T=48, K=32, V=32, with_state=with_state), torch.float32)
         for x in case.tensors.values():
             x.requires_grad_()
-        torch.library.opcheck(op._forward_op, case.flat(ends))
+        torch.library.opcheck(op._forward_op.operator, case.flat(ends))
+
+
+def test_eager_calls_go_past_the_dispatcher_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = dispatched(monkeypatch, "hybridzoo::fused_delta_rule")
+    on_gpu(make_problem(T=48, K=32, V=32), torch.float32).results("triton")  # the backward pass is another thread's
+    assert not asked
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:

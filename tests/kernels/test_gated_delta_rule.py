@@ -291,7 +291,7 @@ def test_the_operator_passes_torch_librarys_own_checks(erase: str, with_state: b
     problem = make_problem(erase=erase, T=20, with_state=with_state, dtype=torch.float32)
     for x in problem.tensors.values():
         x.requires_grad_()
-    torch.library.opcheck(chunkwise_op._forward_op, problem.flat(ends))
+    torch.library.opcheck(chunkwise_op._forward_op.operator, problem.flat(ends))
 
 
 def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
@@ -299,6 +299,24 @@ def test_a_compiled_call_is_one_graph_with_the_same_results() -> None:
     compiled = torch.compile(problem.call, fullgraph=True, backend="aot_eager")
     for x, y in zip(compiled("torch")[1], problem.call("torch")[1], strict=True):
         assert torch.equal(x, y)
+
+
+def test_what_was_exported_without_a_gradient_has_one_later() -> None:
+    problem = make_problem(T=20, with_state=False)
+
+    class Rule(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return problem.call("torch", {**problem.tensors, "q": q})[0]
+
+    q = problem.tensors["q"]
+    with torch.no_grad():
+        exported = torch.export.export(Rule(), (q,)).module()
+    leaf = q.clone().requires_grad_()
+    exported(leaf).sum().backward()
+    again = q.clone().requires_grad_()
+    Rule()(again).sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, again.grad)
 
 
 def test_a_tangent_is_refused_where_it_would_be_lost_and_goes_through_the_reference():

@@ -19,7 +19,7 @@ from hybridzoo.kernels.fused.form import form_of
 from hybridzoo.kernels.fused.launch import Launch
 from hybridzoo.kernels.fused.memory import Tensors
 from hybridzoo.kernels.fused.room import room
-from hybridzoo.kernels.recurrence_op import Call
+from hybridzoo.kernels.recurrence_op import Call, parted
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -100,7 +100,7 @@ def planned(
         memory = forward.memory_of(call, form, the, call.v, ends, kept if save else [])
         found += [(launch, memory.tensors) for launch in the.launches]
     back = backward.plan(form)
-    d_results = (call.v, *(*ends, None, None, None)[:3])
+    d_results = (call.v, *parted(ends))
     gradients = backward.gradients(call, form, back)
     counters = empty(N, dtype=torch.int32) if content else None
     given = backward.memory_of(call, form, back, kept)

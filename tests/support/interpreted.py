@@ -204,6 +204,46 @@ def negative_views_are_what_they_say() -> None:
 
 
 @check
+def zeros_without_memory_are_zeros() -> None:
+    leaves = problem(T=20)
+    q = leaves.tensors["q"].requires_grad_()
+    leaves.call("triton")[0].sgn().sum().backward()
+    assert q.grad is not None
+    assert not q.grad.any()
+
+
+@check
+def another_default_dtype_changes_nothing() -> None:
+    case = problem(**CONTENT)
+    leaves = [x.requires_grad_() for x in case.tensors.values()]
+    d_o = torch.randn_like(case.tensors["v"])
+    expected = torch.autograd.grad(case.call("triton")[0], leaves, d_o)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = torch.autograd.grad(case.call("triton")[0], leaves, d_o)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@check
+def what_is_kept_may_come_back_anywhere() -> None:
+    case = problem(**CONTENT)
+    expected = case.results("triton")
+    for shift in (1, 2, 4, 8):
+
+        def moved(x: torch.Tensor, shift: int = shift) -> torch.Tensor:
+            if x.dtype != torch.uint8:
+                return x
+            room = torch.empty(x.numel() + shift, dtype=x.dtype)
+            return room[shift:].copy_(x)
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
+            found = case.results("triton")
+        assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+@check
 def one_content_pair_may_be_an_expanded_view_for_all_heads() -> None:
     case = problem(**CONTENT, group=2)
     for name in ("down", "up"):
@@ -275,7 +315,7 @@ def the_operator_passes_torch_librarys_own_checks() -> None:
             case = problem(**words, with_state=with_state)
             for x in case.tensors.values():
                 x.requires_grad_()
-            torch.library.opcheck(op._forward_op, case.flat(ends))
+            torch.library.opcheck(op._forward_op.operator, case.flat(ends))
 
 
 @check

@@ -225,7 +225,7 @@ def the_operator_passes_torch_librarys_own_checks() -> None:
         case = problem(**words)
         leaves = {n: x.requires_grad_() for n, x in case.tensors.items()}
         arguments = (leaves["x"], leaves["weight"], leaves.get("bias"), leaves.get("tail"), case.cu_seqlens, True)
-        torch.library.opcheck(conv_op._conv_op, arguments)
+        torch.library.opcheck(conv_op._conv_op.operator, arguments)
 
 
 @check

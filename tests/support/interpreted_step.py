@@ -254,8 +254,8 @@ def the_operators_pass_torch_librarys_own_checks() -> None:
         case = problem(**words, H=2, group=2)
         inputs = tuple(case.tensors.get(n) for n in names)
         options = (words is CARVE, True, 0.5, case.chunk)
-        torch.library.opcheck(step_op._step_op, (*inputs, *copied(case.state), *options))
-        torch.library.opcheck(step_op._in_place_op, (*inputs, *copied(case.state), *options))
+        torch.library.opcheck(step_op._step_op.operator, (*inputs, *copied(case.state), *options))
+        torch.library.opcheck(step_op._in_place_op.operator, (*inputs, *copied(case.state), *options))
 
 
 @check
