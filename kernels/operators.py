@@ -60,13 +60,16 @@ def below_autograd(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
 
 
 def _watched(arguments: Sequence[Any]) -> bool:
-    """Whether a compiler, tracer, mode, transform or profiler looks at calls, or an argument is no plain tensor."""
+    """Whether a compiler, tracer, mode, transform or profiler looks at calls, autograd must not, or an argument is no
+    plain tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _ALONE
         or torch._C._len_torch_function_stack() > 0
         or torch._C._autograd._profiler_enabled()  # on this thread, also where C++ has started it
         or torch.autograd.profiler._is_profiler_enabled  # on any
+        # Below autograd, where an operator records nothing; in inference mode there is no gradient to record.
+        or (torch.is_grad_enabled() and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD))
         or not all(map(_plain, arguments))
     )
 
@@ -78,6 +81,7 @@ def _alone() -> frozenset[int]:
 
 
 _ALONE = _alone()
+_AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded with all of autograd's keys
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))  # and none of their subclasses
 _OTHERS = frozenset((type(None), bool, int, float))
 

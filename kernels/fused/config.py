@@ -70,15 +70,16 @@ def cuts_of(form: Form, save: bool) -> Cuts:
     """The kernels' cut for a form of call, whose states are kept if `save`."""
     narrow, channels = form.dtype == torch.bfloat16, form.decay == 2 or form.erase
     heads, content = form.N * form.HV, form.chunk > 0
-    return _cuts(form.K, form.V, heads, block_of(form, save), narrow, content, form.serial, channels, form.qk_norm)
+    full = not channels and (form.qk_norm or (form.decay > 0 and form.correct > 0))
+    return _cuts(form.K, form.V, heads, block_of(form, save), narrow, content, form.serial, channels, full)
 
 
 @functools.cache
 def _cuts(
-    K: int, V: int, heads: int, block: int, narrow: bool, content: bool, serial: bool, channels: bool, norm: bool
+    K: int, V: int, heads: int, block: int, narrow: bool, content: bool, serial: bool, channels: bool, full: bool
 ) -> Cuts:
     """The cut for so many heads, `narrow` where products are of bf16, `channels` where each has a decay of its own,
-    `norm` where unit lengths are made inside, which beside all else of one launch is too much for two warps.
+    `full` where one launch with both steps of the gradients has more to hold than registers of two warps do.
 
     Value channels are cut until the scans have a program for each of some 128 multiprocessors, and with a content gate,
     where the same programs do all else too, four: up to three cuts, which a new batch may compile. Programs that run
@@ -101,7 +102,7 @@ def _cuts(
         apart=channels,
         states_k=min(K, 64 if narrow else 32),
         states_v=min(V, (128 if block == 32 and max(K, V) <= 128 else 64) if narrow else 16),
-        states_warps=2 if block == 16 or (max(K, V) <= 64 and (channels or not norm)) else 4,
+        states_warps=2 if block == 16 or (max(K, V) <= 64 and not full) else 4,
         pairs_k=min(K, 32 if narrow and block == 16 else 16),
         pairs_warps=2,
         group=V // scan_v,

@@ -33,9 +33,8 @@ TOLERANCE = 1e-5
 STACK = {"bf16": 256, "bf16 on Ampere": 512, "4 bytes": 1024}
 # A content gate's kernels hold a state while they call functions, which leave registers there too.
 STACK_OF_GROUPS = 2048
-# Two warps have less room than four for the step of states of bf16 heads of 64, most where one launch does both steps,
-# and are faster, or no slower (benchmarks/NOTES.md).
-STACK_OF_TWO_WARPS = 544
+# Two warps have less room for the step of states of bf16 heads of 64 than four, and are faster (benchmarks/NOTES.md).
+STACK_OF_TWO_WARPS = 320
 CAPABILITIES = (80, 90, 100)
 
 

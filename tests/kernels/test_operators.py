@@ -118,6 +118,7 @@ LOOKS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
     "grad": lambda probe: torch.func.grad(lambda x: probe(x).sum())(torch.ones(2, 2)),
     "functionalize": transformed(torch.func.functionalize),
     "a gradient in a batch": transformed(torch._vmap_internals._vmap),
+    "whoever keeps autograd out": within(torch._C._AutoDispatchBelowAutograd),
     "no memory": lambda probe: probe(torch.ones(2, device="meta")),
     "zeros without memory": lambda probe: probe(torch._efficientzerotensor(2)),
     "a negative view": lambda probe: probe(torch._neg_view(torch.ones(2))),

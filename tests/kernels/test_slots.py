@@ -105,6 +105,22 @@ def test_what_it_does_not_take_is_said() -> None:
         assert "no gradient" not in str(slots_refusal(q, k, k))
 
 
+def test_what_would_lose_a_derivative_is_not_taken() -> None:
+    q, k = torch.zeros(2, 1, 4, 16), torch.zeros(2, 2, 8, 16)
+    found: list[str | None] = []
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        found.append(slots_refusal(x, k, k))
+        return x.clone()
+
+    torch.vmap(ask)(q[None])
+    torch.func.jvp(ask, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        ask(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+    assert len(found) == 3
+    assert all("no transform of torch.func" in str(why) for why in found)
+
+
 def test_shapes_alone_go_through_it() -> None:
     q, k = torch.empty(3, 1, 4, 16, device="meta", dtype=torch.bfloat16), torch.empty(3, 2, 8, 16, device="meta")
     o = fused_attend_slots(q, k, k, torch.empty(3, device="meta", dtype=torch.int32), 0.1)

@@ -21,6 +21,7 @@ import torch
 from delta_problems import Problem, assert_close, gradients_without_ends, make_problem, relative_error
 
 from hybridzoo.kernels import DeltaState
+from hybridzoo.kernels.fused.memory import Memory, layout
 
 # All values of every flag, and then what a gate alone does not show. Lengths end within a tile of 16 and within a
 # content chunk.
@@ -241,6 +242,11 @@ def what_is_kept_may_come_back_anywhere() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
             found = case.results("triton")
         assert all(torch.equal(x, found[name]) for name, x in expected.items())
+        # Which kernels on a GPU need, though not the interpreter.
+        parts = layout({"X": ((16,), torch.float32)})
+        memory = Memory({}, (parts, moved(torch.zeros(parts.size, dtype=torch.uint8))))
+        assert memory.aligned
+        assert (memory.addresses["X"] or 0) % 16 == 0
 
 
 @check
