@@ -213,7 +213,7 @@ def test_the_operator_passes_torch_librarys_own_checks() -> None:
 
 def test_eager_calls_go_past_the_dispatcher_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = dispatched(monkeypatch, "hybridzoo::fused_delta_rule")
-    on_gpu(make_problem(T=48, K=32, V=32), torch.float32).results("triton")  # the backward pass is another thread's
+    _results(on_gpu(make_problem(T=48, K=32, V=32), torch.float32), "triton")  # the backward pass is another thread's
     assert not asked
 
 

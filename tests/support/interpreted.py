@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from delta_problems import Problem, assert_close, gradients_without_ends, make_problem, relative_error
+from dispatched import dispatched
 
 from hybridzoo.kernels import DeltaState
 from hybridzoo.kernels.fused.memory import Memory, layout
@@ -247,6 +248,14 @@ def what_is_kept_may_come_back_anywhere() -> None:
         memory = Memory({}, (parts, moved(torch.zeros(parts.size, dtype=torch.uint8))))
         assert memory.aligned
         assert (memory.addresses["X"] or 0) % 16 == 0
+
+
+@check
+def eager_calls_go_past_the_dispatcher_in_both_passes() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        asked = dispatched(patch, "hybridzoo::fused_delta_rule")
+        problem(**CONTENT).results("triton")
+        assert not asked
 
 
 @check
