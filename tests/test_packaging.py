@@ -100,3 +100,11 @@ def test_an_installed_wheel_brings_the_command(elsewhere):
     place, python = elsewhere
     out = run(python, "-P", "-c", "from hybridzoo.cli import app; app(['--version'])", cwd=place, PYTHONPATH="")
     assert out.startswith("hybridzoo ")
+
+
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" not in os.environ, reason="a group is kept in one worker: needs `pytest -n 2`"
+)
+def test_the_scheduler_knows_of_groups(request):
+    # It reads them off names; where a pytest has none there, archives and interpreters are made once a worker.
+    assert request.node.nodeid.endswith("@packaging")
