@@ -18,7 +18,7 @@ from hybridzoo.architectures.interpolation import interpolate
 from hybridzoo.architectures.pattern import is_name, parse_pattern
 from hybridzoo.blocks.ffn import FfnConfig
 from hybridzoo.mixers.base import MixerConfig
-from hybridzoo.mixers.registry import GATE_FLAGS, entry_of, get_entry, list_mixers, mixer_config, parse_mixer
+from hybridzoo.mixers.registry import GATE_FLAGS, Entry, entry_of, get_entry, list_mixers, mixer_config, parse_mixer
 from hybridzoo.mixers.schema import SpecError, convert, nearest, unknown
 
 
@@ -276,21 +276,22 @@ class _Mixers:
         if name in self.written.mixers:
             entry = {**self.written.mixers[name], **flags}
             return self._config(str(entry.pop("type")), entry, where, where, label)
-        needed = [word for word, about in get_entry(name).words.items() if about.required and word != "d_model"]
+        mixer = get_entry(name)
+        _check_words(mixer, flags, where)  # or a misspelt word would be called missing
+        needed = [word for word, about in mixer.words.items() if about.required and word != "d_model"]
         missing = [word for word in needed if word not in flags and word not in self.written.mixer_defaults]
         if missing:
-            raise SpecError(f"{where}: missing {', '.join(missing)}; give it under mixer_defaults, or under mixers")
+            here = f"here, as in {name}[{missing[0]}=...]"
+            raise SpecError(
+                f"{where}: missing {', '.join(missing)}; give it {here}, under mixer_defaults, or under mixers"
+            )
         return self._config(name, flags, where, where, label)
 
     def _config(self, kind: str, words: dict[str, Any], kind_where: str, where: str, label: str) -> MixerConfig:
         name, flags = parse_mixer(kind, kind_where)
         entry = get_entry(name, kind_where)
         own = {**flags, **words}
-        if "d_model" in own:
-            raise SpecError(f"{where}.d_model: every mixer has the spec's own d_model; leave it out")
-        for word in own:
-            if word not in entry.words and word not in GATE_FLAGS:  # a missing gate has an error of its own
-                raise unknown(where, "key", word, [known for known in entry.words if known != "d_model"])
+        _check_words(entry, own, where)
         defaults = {k: v for k, v in self.written.mixer_defaults.items() if k in entry.words and k not in own}
         try:
             return mixer_config(name, {"d_model": self.written.d_model, **defaults, **own}, where)
@@ -300,3 +301,12 @@ class _Mixers:
                     fault = str(error).removeprefix(f"{where}.{word}: ")
                     raise SpecError(f"mixer_defaults.{word}: {fault} (for mixer '{label}')") from None
             raise
+
+
+def _check_words(entry: Entry, given: Mapping[str, Any], where: str) -> None:
+    """Refuse a word that the mixer does not have; a gate that it lacks has an error of its own."""
+    if "d_model" in given:
+        raise SpecError(f"{where}.d_model: every mixer has the spec's own d_model; leave it out")
+    for word in given:
+        if word not in entry.words and word not in GATE_FLAGS:
+            raise unknown(where, "key", word, [known for known in entry.words if known != "d_model"])

@@ -56,12 +56,13 @@ def gated_delta_rule(
         S'  = diag(D_t) S_{t-1}  (predict="decayed")   or   S_{t-1}  (predict="stored")
         o_t = scale * S_t^T q_t
 
-    A gate that is None is off: no decay, no erase, no correction, and ones for `write`.
+    A gate is a tensor, or None and off: no decay, no erase, no correction, and ones for `write`.
 
     Args:
         q, k: `[B, T, H, K]`, one floating dtype with v.
         v: `[B, T, HV, V]`, HV a multiple of H.
-        log_decay: `g`, `[B, T, HV]` or `[B, T, HV, K]`, at most 0; `-inf` clears the state.
+        log_decay: `g`, `[B, T, HV]` or `[B, T, HV, K]`, at most 0, which is not checked; `-inf` clears the state
+            (`triton` leaves 2e-9 of it).
         erase_logits: `z`, `[B, T, HV, K]`.
         content: CARVE's readout `u_c`, added to `erase_logits`.
         correct: `e`, `[B, T, HV]` or `[B, T, HV, K]`.

@@ -188,10 +188,17 @@ def mixer_config(mixer: str, words: Mapping[str, Any] | None = None, where: str 
     place = where or name
     given = {**flags, **(words or {})}
     known = entry.words
-    for key in given:
-        if key in GATE_FLAGS and key not in known:
-            having = [e.name for e in list_mixers() if key in e.flags and len(e.flags[key].choices) > 1]
-            raise SpecError(f"{place}.{key}: '{name}' has no gate '{key}'; these have: {', '.join(having)}")
+    for key, value in given.items():
+        if key not in GATE_FLAGS:
+            continue
+        choices = [str(choice) for choice in entry.flags[key].choices] if key in entry.flags else []
+        said = "none" if value is None else str(value)
+        if key in known and (len(choices) > 1 or said in choices):
+            continue
+        having = ", ".join(e.name for e in list_mixers() if key in e.flags and len(e.flags[key].choices) > 1)
+        if key in known:
+            raise SpecError(f"{place}.{key}: '{name}' has {key}={choices[0]} alone; these have a choice: {having}")
+        raise SpecError(f"{place}.{key}: '{name}' has no gate '{key}'; these have: {having}")
     return convert(entry.Config, given, place)
 
 

@@ -19,7 +19,21 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 T = TypeVar("T")
 
 # What to add where a mixer's name is unknown: it may be the user's, whose code nothing has imported.
-OWN_MIXERS = "one of your own comes with the code that registers it: --import FILE.py"
+OWN_MIXERS = "one of your own comes with the code that registers it: import that, on a command line by --import FILE.py"
+# What other libraries call a word: by its letters the nearest would be another, or none.
+OTHER_NAMES = {
+    "hidden_size": "d_model",
+    "expand_v": "head_v_dim",
+    "use_short_conv": "conv_size",
+    "conv_kernel": "conv_size",
+    "use_gate": "output_gate",
+    "use_output_gate": "output_gate",
+    "output_gate_activation": "gate_activation",
+    "gate_fn": "gate_activation",
+    "gate_low_rank_dim": "decay_rank",
+    "qk_activation": "feature_map",
+    "rope_theta": "rope_base",
+}
 
 
 class SpecError(ValueError):
@@ -27,7 +41,9 @@ class SpecError(ValueError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for the closest of `choices`, or nothing where none is close."""
+    """Return ` (did you mean 'x'?)` for what else is called so or the closest of `choices`, or nothing."""
+    if word in OTHER_NAMES:
+        choices, word = [OTHER_NAMES[word]] if OTHER_NAMES[word] in choices else [], OTHER_NAMES[word]
     by_lower = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean '{by_lower[found[0]]}'?)" if found else ""

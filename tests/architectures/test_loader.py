@@ -189,7 +189,12 @@ def test_a_saved_spec_is_a_file_that_loads(write) -> None:
         ("layers=(c*3 b)*2", "layers: column 6: unknown mixer 'b'"),
         ("layers=3", 'layers: expected a pattern, as in "(c*3 a)*2", got 3'),
         ("layers=carve[erase=tokn,n_heads=2]", "layers: carve[erase=tokn,n_heads=2].erase: 'tokn' is not one of"),
-        ("layers=carve", "layers: carve: missing n_heads; give it under mixer_defaults, or under mixers"),
+        (
+            "layers=carve",
+            "layers: carve: missing n_heads; give it here, as in carve[n_heads=...], under mixer_defaults, or under",
+        ),
+        ("layers=carve[num_heads=4]", "layers: carve[num_heads=4]: unknown key 'num_heads' (did you mean 'n_heads'?)"),
+        ("layers=carve[d_model=4]", "d_model: every mixer has the spec's own d_model; leave it out"),
         ("layers=(c*64)*65", "layers: column 8: the pattern expands past 4,096 layers here"),
         ("name=${oc.env:HOME}", "name: '${oc.env:HOME}': resolvers never run"),
         ("max_context=0", "max_context: must be at least 1, got 0"),

@@ -156,7 +156,7 @@ def test_an_unknown_name_is_underlined_and_the_nearest_offered() -> None:
         parse_pattern("(crave[erase=token]*3 a)*2", names=["a", "carve", "kda"])
     assert str(caught.value) == (
         "layers: column 2: unknown mixer 'crave' (did you mean 'carve'?); known: a, carve, kda; "
-        "one of your own comes with the code that registers it: --import FILE.py\n"
+        "one of your own comes with the code that registers it: import that, on a command line by --import FILE.py\n"
         "    (crave[erase=token]*3 a)*2\n"
         "     ^^^^^"
     )

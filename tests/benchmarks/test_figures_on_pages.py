@@ -76,7 +76,7 @@ def test_what_is_said_of_that_table_is_what_was_recorded() -> None:
     slower = {at for at, r in in_a_row.items() if r[at[2]]["hybridzoo"] > r[at[2]]["fla"]}
     assert slower == {(mixer, LONG, IN_A_ROW[0]) for mixer in ("mamba2", "gated_delta_net")}
     by = tuple(ratio(found[mixer, LONG], IN_A_ROW[0]) for mixer in ("mamba2", "gated_delta_net"))
-    assert figures("docs/kernels.md", r"`mamba2` there by (\S+), and `gated_delta_net` by (\d\.\d\d)") == by
+    assert figures("docs/kernels.md", r"`mamba2` at the second by (\S+), and `gated_delta_net` by (\d\.\d\d)") == by
     said = figures(NOTES, r"(\S+) by itself, (\S+) in a row, where gated_delta_net takes (\S+) of")
     assert said == (ratio(found["mamba2", LONG], PASSES[0]), *by)
     said = figures(NOTES, r"mamba2 takes (\S+) of it at the first shape and gated_delta_net (\S+) at the second\.")
@@ -86,6 +86,8 @@ def test_what_is_said_of_that_table_is_what_was_recorded() -> None:
     peaks = [found[mixer, LARGE]["peak_gib"][side] for mixer in ("gdn2", "kda") for side in ("hybridzoo", "fla")]
     assert figures("docs/kernels.md", pattern) == tuple(f"{peak:.2f}" for peak in peaks)
     costs = tuple(content_cost(found, L) for L in (64, 128))
+    pattern = r"and (\S+) for carve\. There a content gate"
+    assert figures("docs/kernels.md", pattern) == (f"{found['carve', LARGE]['peak_gib']['hybridzoo']:.2f}",)
     pattern = r"gate makes it (\S+) times as long as with a token gate \(`content_chunk` 64; (\S+) times with 128\)"
     assert figures("docs/kernels.md", pattern) == costs
     pattern = r"against `erase=token`: (\S+) times its forward \+ backward at L = 64 and (\S+) at L = 128"
@@ -160,10 +162,15 @@ def test_the_layers_are_what_was_recorded() -> None:
         return f"{100 * abs(carve[key][way] / gdn2[key][way] - 1):.2g}"
 
     said = figures(
-        NOTES, r"compiled, (\S+) % less memory \(eager (\S+) % less\), but takes (\d+) % longer \((\d+) % where"
+        NOTES,
+        r"compiled, (\S+) % less memory \(eager (\S+) % less\), but takes longer: (\d+) % eager, (\d+) % compiled, and "
+        r"(\d+) % compiled in a CUDA graph",
     )
-    times = [more("ms", way) for way in ("eager", "compiled graph")]
+    times = [more("ms", way) for way in ("eager", "compiled", "compiled graph")]
     assert said == (more("peak_mib", "compiled"), more("peak_mib", "eager"), *times)
+    token = found["hybridzoo", "carve[erase=token]"]["ms"]
+    said = figures(NOTES, r"The token gate alone takes (\d+), (\d+) and (\d+) % longer than gdn2")
+    assert said == tuple(f"{100 * (token[way] / gdn2['ms'][way] - 1):.0f}" for way in (*ways[:2], ways[3]))
     said = figures(NOTES, r"the same carve takes (\S+) of the time and (\S+) of the memory")
     assert said == tuple(f"{carve[key]['eager'] / peer[key]['fla']:.2f}" for key in ("ms", "peak_mib"))
 
