@@ -49,7 +49,9 @@ Write: TypeAlias = Annotated[
     "gate: how strongly a value is written: always fully, by one number a head, or by one a value channel",
 ]
 Predict: TypeAlias = Annotated[
-    Literal["decayed", "stored"], "whether the correction reads the memory after this token's decay, or before it"
+    Literal["decayed", "stored"],
+    "whether the correction reads the memory after this token's decay, or before it; without a correction it changes "
+    "nothing",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 
 from hybridzoo.mixers import MixerConfig, get_entry, list_mixers
-from hybridzoo.mixers.schema import meanings_of
+from hybridzoo.mixers.schema import OTHER_NAMES, meanings_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "mixers.md").read_text()
@@ -48,6 +48,8 @@ def test_the_words_offered_to_users_of_fla_are_words() -> None:
     mixers = {name for row in rows if len(row) == 2 for name in re.findall(r"`(\w+)`", row[1])}
     assert len(named) > 15
     assert named <= words
+    for theirs, ours in OTHER_NAMES.items():  # what errors answer with is what the page says
+        assert any(f"`{theirs}`" in row[0] and ours in re.findall(r"`(\w+)`", row[1]) for row in rows), theirs
     assert mixers == {entry.name for entry in ZOO if not entry.name.startswith("carve")}
 
 
