@@ -17,6 +17,7 @@ from hybridzoo.mixers.base import MixerConfig, TokenMixer
 from hybridzoo.mixers.schema import (
     OWN_MIXERS,
     SpecError,
+    as_text,
     choices_of,
     convert,
     hints_of,
@@ -191,9 +192,8 @@ def mixer_config(mixer: str, words: Mapping[str, Any] | None = None, where: str 
     for key, value in given.items():
         if key not in GATE_FLAGS:
             continue
-        choices = [str(choice) for choice in entry.flags[key].choices] if key in entry.flags else []
-        said = "none" if value is None else str(value)
-        if key in known and (len(choices) > 1 or said in choices):
+        choices = known[key].choices if key in known else ()
+        if key in known and (len(choices) != 1 or as_text(value) == str(choices[0])):
             continue
         having = ", ".join(e.name for e in list_mixers() if key in e.flags and len(e.flags[key].choices) > 1)
         if key in known:

@@ -43,7 +43,7 @@ class SpecError(ValueError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for what else is called so or the closest of `choices`, or nothing."""
     if word in OTHER_NAMES:
-        choices, word = [OTHER_NAMES[word]] if OTHER_NAMES[word] in choices else [], OTHER_NAMES[word]
+        return f" (did you mean '{OTHER_NAMES[word]}'?)" if OTHER_NAMES[word] in choices else ""
     by_lower = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean '{by_lower[found[0]]}'?)" if found else ""
@@ -192,9 +192,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise SpecError(f"{where}: expected {type_name(hint)}, got {_shown(value)}")
 
 
+def as_text(value: Any) -> str:
+    """Return a value as it is written: YAML and registry strings cannot tell none from null, nor "1" from 1."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    # YAML and registry strings cannot tell the word none from null, nor the word "1" from 1: compare as text too.
-    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = as_text(value)
     for choice in choices:
         if (type(choice) is type(value) and choice == value) or str(choice) == text:
             return choice

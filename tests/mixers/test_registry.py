@@ -139,6 +139,18 @@ def test_a_users_own_mixer_is_built_by_name_and_by_string() -> None:
 
 
 @pytest.mark.usefixtures("registry")
+def test_a_users_own_mixer_may_have_a_gate_of_any_type() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MixerConfig):
+        decay: bool = False
+
+    register_mixer("own", source="nobody", summary="fades or not")(_mixer("Own", Config=Config))
+    assert mixer_config("own[decay=true]", {"d_model": 4}) == Config(d_model=4, decay=True)
+    with pytest.raises(SpecError, match=r"own\.decay: expected true or false, got 'scalar'"):
+        mixer_config("own[decay=scalar]", {"d_model": 4})
+
+
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(
     ("name", "cls", "error", "message"),
     [
